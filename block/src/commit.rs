@@ -235,8 +235,8 @@ impl Disk {
     }
 
     fn is_lost(&self) -> bool {
-        let files = self.chain.map().sizes().into_iter().map(|(file, _)| file).chain(self.chain.base().cloned());
-        self.health().lost || files.into_iter().any(|file| file.has_lost_writes())
+        let mut files = self.chain.map().sizes().into_iter().map(|(file, _)| file).chain(self.chain.base().cloned());
+        self.health().lost || files.any(|file| file.has_lost_writes())
     }
 
     /// Syncs the overlays. The system reports a lost write of a file once.

@@ -233,6 +233,16 @@ pub(super) fn sync_to_copy(file: &IoFile) -> Result<(), FileError> {
     }
 }
 
+/// Notes that a flush has not made files durable. If writes were `lost`, no later one can.
+pub(super) fn not_synced(files: &[Arc<IoFile>], lost: bool) {
+    for file in files {
+        file.set_unsynced();
+        if lost {
+            file.note_lost_writes();
+        }
+    }
+}
+
 /// Writes to a file.
 pub(super) fn write(file: &IoFile, bytes: &[u8], offset: u64) -> Result<(), FileError> {
     step(|| format!("write {} {offset}+{}", name(file), bytes.len())).map_err(failed(file.path(), "written"))?;

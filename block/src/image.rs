@@ -139,15 +139,12 @@ pub fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
 /// failure appears here and not at the guest's first write after a fork.
 pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) -> Result<Directory, DiskError> {
     let path = overlay_dir(config, block_device);
-    let opened = if config.read_only {
-        // This process may lack permission to list the directory.
-        Directory::reach(&path)
-    } else {
-        // As a path: nor may it open a directory that other disks use.
-        Directory::reach(&path).and_then(|dir| {
+    // As a path: this process may lack permission to list the directory, which other disks use.
+    let opened = Directory::reach(&path).and_then(|dir| {
+        if !config.read_only {
             dir.try_unnamed(size)?;
-            Ok(dir)
-        })
-    };
+        }
+        Ok(dir)
+    });
     opened.map_err(|source| DiskError::Overlays { disk: config.path.clone(), dir: path, source })
 }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use clade_host_io::{CachePolicy, FileError, IoFile, Request};
 use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone};
 
-use super::directory::{Directory, failed};
+use super::directory::{Directory, failed, not_synced};
 use super::map::{BlockMap, CLUSTER, ClusterSource, push_run};
 
 /// The suffix of a new image's name until it takes the image's name.
@@ -274,13 +274,8 @@ impl ReflinkImage {
     pub(super) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost;
-        for file in &writing.synced {
-            file.set_unsynced();
-            // The sync that has failed later is of the new image.
-            if lost && writing.step == ReflinkStep::Data {
-                file.note_lost_writes();
-            }
-        }
+        // A sync that fails later is of the new image.
+        not_synced(&writing.synced, lost && writing.step == ReflinkStep::Data);
         // The rename may not be durable: another new image is made.
         if self.next.take().is_some() || writing.step == ReflinkStep::Named {
             self.replaced();

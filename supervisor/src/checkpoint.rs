@@ -123,7 +123,7 @@ impl Checkpoint {
         let (forked, parts) = pending_fork.image(check)?;
         vm_record.check(vm, &forked)?;
         // Of nothing else: a lock or an interface would be held here beyond the end of its VM.
-        parts.image_files()?;
+        parts.check_files()?;
         // The VM's process chose the instant of its image: the network may have been closed before that.
         let now = VmRecord::read(dir, vm)?.filter(|now| now.process == vm_record.process);
         vm_record.network = stricter(vm_record.network, now.and_then(|now| now.network));

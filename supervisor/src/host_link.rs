@@ -109,6 +109,7 @@ pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) -> b
     if ended.is_alive() {
         return false;
     }
+    unrecorded().retain(|process| *process != ended.process);
     // No VM is recorded meanwhile: one that has the same interface closes it after it is recorded.
     let _records = VmRecord::lock();
     let others = match VmRecord::all(dir) {

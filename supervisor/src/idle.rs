@@ -320,22 +320,17 @@ mod tests {
         assert_eq!((parse_thread("0 0 0\n"), parse_thread("")), (None, None));
     }
 
+    fn policy(after: Duration, pid: u32, used: Used, now: Instant) -> Policy {
+        Policy { after, dir: "/".into(), pid, used, looked: now, since: now, is_tried: false, failures: 0 }
+    }
+
     /// Checks a policy every second on a VM with one thread. Returns whether each check would
     /// suspend the VM.
     fn looks(after: u64, seconds: u64, thread: impl Fn(u64) -> Thread) -> Vec<bool> {
         let begun = Instant::now();
         let used = |second| Used { started: 1, ticks: 0, threads: [(1, thread(second))].into() };
         let after = Duration::from_secs(after);
-        let mut policy = Policy {
-            after,
-            dir: PathBuf::new(),
-            pid: 1,
-            used: used(0),
-            looked: begun,
-            since: begun,
-            is_tried: false,
-            failures: 0,
-        };
+        let mut policy = policy(after, 1, used(0), begun);
         (1..=seconds).map(|second| policy.look(used(second), begun + Duration::from_secs(second))).collect()
     }
 
@@ -364,7 +359,7 @@ mod tests {
         // The time of the last attempt, which has found the VM suspended.
         let since = now.checked_sub(Duration::from_secs(1)).unwrap();
         let (after, looked) = (Duration::from_secs(3600), now);
-        let policy = Policy { after, dir: "/".into(), pid, used, looked, since, is_tried: false, failures: 0 };
+        let policy = Policy { since, ..policy(after, pid, used, looked) };
         idle.policies().by_name.extend(["asleep", "woken"].map(|name| (name.to_owned(), policy.clone())));
         idle.woken("woken");
         idle.woken("nobody");
@@ -378,16 +373,7 @@ mod tests {
         let pid = std::process::id();
         let used = used(pid, None).unwrap();
         let now = Instant::now();
-        let policy = Policy {
-            after: Duration::ZERO,
-            dir: "/".into(),
-            pid,
-            used,
-            looked: now,
-            since: now,
-            is_tried: false,
-            failures: 0,
-        };
+        let policy = policy(Duration::ZERO, pid, used, now);
         let names = ["a", "b", "c"];
         idle.policies().by_name.extend(names.map(|name| (name.to_owned(), policy.clone())));
         let names_of = |due: &[Attempt]| due.iter().map(|attempt| attempt.name.clone()).collect::<Vec<_>>();
@@ -425,16 +411,7 @@ mod tests {
         let at = |second: u64| begun + Duration::from_secs(second);
         let used = |ticks| Used { started: 1, ticks, ..Used::default() };
         let after = Duration::from_secs(3);
-        let mut policy = Policy {
-            after,
-            dir: PathBuf::new(),
-            pid: 1,
-            used: used(0),
-            looked: begun,
-            since: begun,
-            is_tried: false,
-            failures: 0,
-        };
+        let mut policy = policy(after, 1, used(0), begun);
         // One tick a second counts as idle.
         assert!(!policy.look(used(1), at(1)));
         assert!(!policy.look(used(2), at(2)));

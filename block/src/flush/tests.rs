@@ -281,24 +281,30 @@ fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
     assert!(bench.image()[..12288] == [[2; 4096], [4; 4096], [3; 4096]].concat());
 }
 
+/// A disk that folds and has been reaped `turns` times, and its content.
+fn folding(bench: &Bench, turns: usize) -> (Disk, Vec<u8>) {
+    let mut disk = bench.open();
+    drop(disk.fork());
+    write(&mut disk, 0, &[2; 600 * 4096]);
+    let mut model = vec![1; SIZE as usize];
+    model[..600 * 4096].fill(2);
+    flush(&mut disk);
+    flush(&mut disk);
+    assert!(disk.chain.is_folding());
+    for _ in 0..turns {
+        disk.wait(SOON).unwrap();
+        drop(disk.reap().unwrap());
+    }
+    (disk, model)
+}
+
 /// The process ends in the middle; or a fork comes, whose child sees its instant.
 #[test]
 fn folding_can_end_or_be_forked_anywhere() {
     for turns in (0..12).step_by(clade_test_support::stride()) {
         for forks in [false, true] {
             let bench = Bench::new();
-            let mut disk = bench.open();
-            drop(disk.fork());
-            write(&mut disk, 0, &[2; 600 * 4096]);
-            let mut model = vec![1; SIZE as usize];
-            model[..600 * 4096].fill(2);
-            flush(&mut disk);
-            flush(&mut disk);
-            assert!(disk.chain.is_folding());
-            for _ in 0..turns {
-                disk.wait(SOON).unwrap();
-                drop(disk.reap().unwrap());
-            }
+            let (mut disk, mut model) = folding(&bench, turns);
             if forks {
                 let image = disk.fork();
                 write(&mut disk, 0, &[7; 4096]);
@@ -322,16 +328,7 @@ fn folding_can_end_or_be_forked_anywhere() {
 fn folding_goes_on_after_its_moves_were_dropped() {
     for turns in (0..12).step_by(clade_test_support::stride()) {
         let bench = Bench::new();
-        let mut disk = bench.open();
-        drop(disk.fork());
-        write(&mut disk, 0, &[2; 600 * 4096]);
-        flush(&mut disk);
-        flush(&mut disk);
-        assert!(disk.chain.is_folding());
-        for _ in 0..turns {
-            disk.wait(SOON).unwrap();
-            drop(disk.reap().unwrap());
-        }
+        let (mut disk, model) = folding(&bench, turns);
         disk.cancel();
         settle(&mut disk);
         for _ in 0..3 {
@@ -339,8 +336,6 @@ fn folding_goes_on_after_its_moves_were_dropped() {
             settle(&mut disk);
         }
         assert!(!disk.chain.is_folding() && !bench.journal.exists(), "{turns}");
-        let mut model = vec![1; SIZE as usize];
-        model[..600 * 4096].fill(2);
         assert!(bench.image() == model, "{turns}");
     }
 }

@@ -13,7 +13,7 @@ use clade_host_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
 use super::files::{JOURNAL, NEXT, forget, overlay, remove_files};
 use super::format::{self, ImageStatus, JournalEntry, StoredIn};
 use super::{FlushState, Journal, NamedOverlay, image_binding};
-use crate::directory::{Directory, write};
+use crate::directory::{Directory, not_synced, write};
 use crate::map::{BlockMap, ClusterSource};
 
 /// The record of the flush in progress.
@@ -312,12 +312,7 @@ impl Journal {
         let Some(mut writing) = self.writing.take() else { return };
         let lost = lost && writing.step == JournalStep::Data;
         self.broken |= lost;
-        for file in &writing.synced {
-            file.set_unsynced();
-            if lost {
-                file.note_lost_writes();
-            }
-        }
+        not_synced(&writing.synced, lost);
         if writing.retires && writing.step != JournalStep::Data {
             // Whether the rename and the attribute took effect is unknown: both are done anew.
             self.marked = self.header.id.is_none();

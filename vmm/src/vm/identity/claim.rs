@@ -28,7 +28,7 @@ pub(super) struct IdentityClaim {
 ///
 /// Any process with the rights opens one more queue of a multi-queue interface, and gets part of the packets. A
 /// compromised process of a VM can drop its own claim and keep its queues, so whoever has started it holds another one
-/// until the process has ended.
+/// until the process has ended or the interface is gone.
 #[derive(Debug)]
 pub struct InterfaceClaim {
     interface: String,

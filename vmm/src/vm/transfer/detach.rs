@@ -18,7 +18,7 @@ use clade_block::{DetachedDisk, DiskError};
 use clade_devices::virtio::Backend;
 use clade_host_io::{FileError, IoFile};
 use clade_memory::{CopiedRuns, DetachedRam, LayerHandle, LayerId, LayerTreatment, PAGE_SIZE, PageRange, RamError};
-use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::fs::{FileType, Stat, fstat, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::received::{FileId, file_id, is_read_only};
@@ -158,25 +158,41 @@ impl SealedParts {
     /// # Errors
     /// When a file can be written, or a descriptor is of another kind.
     pub fn image_files(&self) -> Result<Vec<ImageFile<'_>>, TransferError> {
-        let failed = |errno: rustix::io::Errno| TransferError::system("looked at")(errno.into());
         let mut found = Vec::new();
         for file in self.files() {
-            let stat = fstat(file).map_err(failed)?;
-            let kind = FileType::from_raw_mode(stat.st_mode);
-            if kind.is_fifo() {
-                continue;
-            }
-            if !(kind.is_file() || kind.is_block_device()) {
-                return Err(TransferError::malformed(format!("a descriptor of a {kind:?}")));
-            }
-            if !is_read_only(file)? {
-                return Err(TransferError::malformed("a file that can be written"));
-            }
-            let has_no_writer = kind.is_file() && stat.st_nlink == 0 && stat.st_mode & 0o222 == 0;
+            let Some(stat) = checked(file)? else { continue };
+            let is_file = FileType::from_raw_mode(stat.st_mode).is_file();
+            let has_no_writer = is_file && stat.st_nlink == 0 && stat.st_mode & 0o222 == 0;
             found.push(ImageFile { id: file_id(file)?, file: file.as_fd(), has_no_writer });
         }
         Ok(found)
     }
+
+    /// The checks of [`Self::image_files`] alone: a fork waits for them.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn check_files(&self) -> Result<(), TransferError> {
+        self.files().iter().try_for_each(|file| checked(file).map(drop))
+    }
+}
+
+/// Refuses a descriptor that is neither a pipe nor of a file for reading. Returns the attributes of a file, and None for
+/// a pipe.
+fn checked(file: impl AsFd) -> Result<Option<Stat>, TransferError> {
+    let failed = |errno: rustix::io::Errno| TransferError::system("looked at")(errno.into());
+    let stat = fstat(&file).map_err(failed)?;
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    if kind.is_fifo() {
+        return Ok(None);
+    }
+    if !(kind.is_file() || kind.is_block_device()) {
+        return Err(TransferError::malformed(format!("a descriptor of a {kind:?}")));
+    }
+    if !is_read_only(file)? {
+        return Err(TransferError::malformed("a file that can be written"));
+    }
+    Ok(Some(stat))
 }
 
 #[cfg(test)]
@@ -193,7 +209,9 @@ mod tests {
         File::options().write(true).create(true).truncate(true).mode(0o400).open(&path).unwrap();
         let kinds = |file: OwnedFd| {
             let parts = ImageParts::from_raw(Vec::new(), vec![file]).seal().unwrap();
-            parts.image_files().map(|files| files.iter().map(|file| file.has_no_writer).collect::<Vec<_>>())
+            let files = parts.image_files();
+            assert_eq!(parts.check_files().is_ok(), files.is_ok());
+            files.map(|files| files.iter().map(|file| file.has_no_writer).collect::<Vec<_>>())
         };
         let (reader, writer) = std::io::pipe().unwrap();
         assert_eq!(kinds(reader.into()).unwrap(), [false; 0]);
