@@ -9,6 +9,7 @@
 //! | `host_time` | the time elapsed since a state was saved |
 //! | `quirks` | workarounds for kvm-pvm, a KVM without hardware virtualization |
 //! | `msrs` | the MSRs of a vCPU's state on this host |
+//! | `messages` | messages to the local APICs of a VM |
 //! | `pio` | the access width of a port I/O exit |
 //! | `pending` | dropping a vCPU's pending events before a reset |
 //! | `vcpu_state`, `vm_state` | save and restore, with the reason for the order of the steps |
@@ -21,6 +22,7 @@ mod cpuid;
 mod features;
 mod host;
 mod host_time;
+pub(crate) mod messages;
 mod msrs;
 mod pending;
 mod pio;

@@ -40,7 +40,7 @@ use clade_memory::{
 };
 use kvm_ioctls::VmFd;
 
-use crate::kvm::{Clock, PlatformState, VcpuState};
+use crate::kvm::{Clock, PlatformState, VcpuState, messages};
 use crate::vm::config::VmConfig;
 use crate::vm::context::Context;
 use crate::vm::devices::{Devices, DevicesState};
@@ -288,7 +288,7 @@ impl ForkImage {
         // saved.
         devices.reraise();
         devices.notify_events();
-        let rung = devices.ring_doorbells(vm, self.config.cpus());
+        let rung = messages::kick_again(vm, &self.vcpus).and_then(|()| devices.ring_doorbells(vm, self.config.cpus()));
         rung.map_err(|error| VmError::kvm("interrupt a vCPU", error))
     }
 

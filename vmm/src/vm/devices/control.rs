@@ -5,26 +5,14 @@ use clade_devices::virtio::net::{Egress, EgressError, EgressRule, Link, Net, Net
 use clade_devices::virtio::vsock::GuestNotice;
 use clade_devices::{Console, DOORBELL};
 use clade_memory::PAGE_SHIFT;
-use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
 
+use crate::kvm::messages;
 use crate::vm::devices::DeviceError;
 use crate::vm::error::VmError;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 use crate::vm::machine::Vm;
 
 const MIB_SHIFT: u32 = 20;
-/// The address of messages to local APICs: the destination is in bits 12 to 19.
-const APIC_MESSAGES: u32 = 0xfee0_0000;
-
-/// Sends [`DOORBELL`] to the local APIC of `vcpu`. A local APIC that its guest has not enabled
-/// drops the message.
-pub(crate) fn ring(vm: &VmFd, vcpu: u8) -> Result<(), kvm_ioctls::Error> {
-    let address_lo = APIC_MESSAGES | u32::from(vcpu) << 12;
-    let message = kvm_msi { address_lo, data: u32::from(DOORBELL), ..kvm_msi::default() };
-    vm.signal_msi(message).map(drop)
-}
-
 impl Vm {
     /// The VM's interfaces, addresses and sockets, which no other VM has.
     #[must_use]
@@ -106,7 +94,7 @@ impl Vm {
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }
-        ring(&self.prepared.fd, vcpu).map_err(|error| VmError::kvm("interrupt a vCPU", error))
+        messages::interrupt(&self.prepared.fd, vcpu, DOORBELL).map_err(|error| VmError::kvm("interrupt a vCPU", error))
     }
 
     /// Presses the power button. A guest that handles it shuts down in an orderly way and powers

@@ -16,14 +16,15 @@ use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};
 use clade_devices::virtio::vsock::{GuestExit, GuestNotice, Vsock};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
-    BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, POWER_PORTS, PioBus, PowerControl, PowerSwitch,
-    REPORT_PORT, REPORT_PORTS, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
+    BusError, Console, DOORBELL, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, POWER_PORTS, PioBus, PowerControl,
+    PowerSwitch, REPORT_PORT, REPORT_PORTS, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
 
+use crate::kvm::messages;
 use crate::platform::{COM1_BASE, I8042_BASE, POWER_BASE, virtio_slot};
 use crate::vm::config::VmConfig;
 use crate::vm::identity::Endpoints;
@@ -255,7 +256,8 @@ impl Devices {
     /// have changed since its vCPUs halted. Called after the interrupt controllers are restored,
     /// because a restore would lose the interrupt.
     pub(crate) fn ring_doorbells(&self, vm: &VmFd, cpus: u8) -> Result<(), kvm_ioctls::Error> {
-        if self.has_doorbell { (0..cpus).try_for_each(|vcpu| control::ring(vm, vcpu)) } else { Ok(()) }
+        let rung = if self.has_doorbell { cpus } else { 0 };
+        (0..rung).try_for_each(|vcpu| messages::interrupt(vm, vcpu, DOORBELL))
     }
 
     /// Notifies the guest of an ACPI event: its new generation, or the power button. Called after

@@ -8,9 +8,12 @@ use std::time::Duration;
 use clade_guests::abi::{Command, MAGIC, mailbox_gpa, offset};
 use clade_memory::Store;
 use clade_test_support::wait_until;
-use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_msr_entry, kvm_sregs,
+};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::kvm::messages;
 use crate::kvm::testutil::host;
 use crate::vm::tests::storm::{Pair, boot, boot_idle, goes_on};
 use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
@@ -113,5 +116,37 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
         wait_until("the sender gets on", || sender.progress().unwrap() >= 3);
         vm.prepared.control.schedule.delay_kicks(Duration::from_millis(4), round);
         vm.reset(&image).unwrap();
+    }
+}
+
+/// In the image the vCPU is about to halt with interrupts disabled, as it would for a paravirtual spinlock. Its kick, if
+/// it has come already, is in no saved state, and nothing else ends the halt.
+#[test]
+fn a_vcpu_about_to_halt_for_a_spinlock_gets_on_in_a_child_and_after_a_reset() {
+    const HLT: [u8; 1] = [0xf4];
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let parent = boot_idle(&context, 1);
+    let mut image = (*parent.fork().unwrap().0).clone();
+    wait_until("the vCPU halts", || {
+        image = (*parent.fork().unwrap().0).clone();
+        image.vcpus[0].mp_state.mp_state == KVM_MP_STATE_HALTED
+    });
+    let vcpu = &mut image.vcpus[0];
+    vcpu.mp_state.mp_state = KVM_MP_STATE_RUNNABLE;
+    vcpu.regs.rip -= 1;
+    vcpu.regs.rflags &= !(1 << 9);
+    let mut instruction = [0];
+    parent.ram().memory().read_slice(&mut instruction, GuestAddress(vcpu.regs.rip)).unwrap();
+    assert_eq!(instruction, HLT);
+    messages::announce_kicks(vcpu);
+    let image = Arc::new(image);
+    let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+    for start in ["as a child", "after a reset"] {
+        let mailbox = BareMailbox::new(child.ram(), 0);
+        mailbox.order(Command::Spin).unwrap();
+        child.ring_doorbell(0).unwrap();
+        wait_until(start, || mailbox.progress().unwrap() > 0);
+        child.reset(&image).unwrap();
     }
 }
