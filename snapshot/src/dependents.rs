@@ -57,22 +57,26 @@ pub(crate) fn note(files: &FileOps, base: &Dir, dependent: &Path) -> Result<Note
 
 fn write_note(files: &FileOps, base: &Dir, text: &str) -> Result<(), Error> {
     // One note for each path, found again without listing the directory.
-    let mut name = format!("{NEEDED_BY}{:016x}", checksum(text.as_bytes()));
+    let name = format!("{NEEDED_BY}{:016x}", checksum(text.as_bytes()));
     match files.read_in(base, &name, MAX_PATH) {
         // The note may not be durable: its writer may have ended before the sync.
         Ok(bytes) if bytes == text.as_bytes() => {
             files.sync(&files.open_in(base, &name)?, &base.path().join(&name))?;
             return files.sync_open_dir(base);
         }
-        Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => {}
-        _ => name = format!("{NEEDED_BY}{:016x}", random()? as u64),
+        Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            match files.write_in(base, &name, text.as_bytes()) {
+                // Another save to the same path makes it at this moment, and needs it.
+                Err(Error::File { source, .. }) if source.kind() == ErrorKind::AlreadyExists => {}
+                written => return written.and_then(|()| files.sync_open_dir(base)),
+            }
+        }
+        _ => {}
     }
-    let written = files.write_in(base, &name, text.as_bytes()).and_then(|()| files.sync_open_dir(base));
-    if written.is_err() {
-        // A partial path could be another directory's.
-        let _ = files.unlink(base, &name);
-    }
-    written
+    let name = format!("{NEEDED_BY}{:016x}", random()? as u64);
+    files.write_in(base, &name, text.as_bytes())?;
+    // If that fails the note stays: another save may rely on it, and alone it proves nothing.
+    files.sync_open_dir(base)
 }
 
 fn notes(files: &FileOps, dir: &Dir) -> Result<Vec<String>, Error> {

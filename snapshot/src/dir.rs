@@ -122,13 +122,18 @@ impl FileOps {
         Ok(out)
     }
 
-    /// Makes a file with these bytes, and syncs it. The directory is not synced.
+    /// Makes a file with these bytes, and syncs it. The directory is not synced. An error leaves no part of it, but maybe a
+    /// whole file that is not durable: another process may have found that, and rely on it.
     pub(crate) fn write_in(&self, dir: &Dir, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = dir.path.join(name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let made = self.run(FileOp::Create, &path, |_| Ok(openat(dir.file(), name, flags, Mode::RUSR | Mode::WUSR)?));
         let file = File::from(made.map_err(|source| Error::file("created", &path, source))?);
-        self.write_all_at(&file, &path, bytes, 0)?;
+        if let Err(error) = self.write_all_at(&file, &path, bytes, 0) {
+            // A part could be taken for the whole.
+            let _ = self.unlink(dir, name);
+            return Err(error);
+        }
         self.sync(&file, &path)
     }
 

@@ -283,7 +283,9 @@ fn fill(
             }
             Ok(())
         };
-        let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        // As many as the host gives: this thread takes what is left.
+        let workers: Vec<_> =
+            (1..threads).map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
         let mine = work();
         let theirs =
             workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));

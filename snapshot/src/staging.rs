@@ -27,6 +27,8 @@ pub(crate) const WORKING_SET_ASIDE: &str = ".warm-";
 /// The prefix of a dependent's note, before 16 digits.
 pub(crate) const NEEDED_BY: &str = ".needed-by-";
 const MARK: &str = ".clade-";
+/// Most bytes of a target's name in that of the directory beside it, which has 24 more, of at most 255.
+const MAX_STEM: usize = 200;
 
 /// A random number for a new snapshot.
 pub(crate) fn random() -> Result<u128, Error> {
@@ -179,8 +181,9 @@ impl<'f> StagingDir<'f> {
         let parent = place.parent().ok_or_else(|| Error::Path { path: place.clone() })?;
         sweep(files, parent)?;
         let name = name_of(&place);
+        let stem = &name[..name.floor_char_boundary(MAX_STEM)];
         loop {
-            let path = parent.join(format!(".{name}{MARK}{:016x}", random()? as u64));
+            let path = parent.join(format!(".{stem}{MARK}{:016x}", random()? as u64));
             files.make_dir(&path)?;
             let made = Self::lock(files, &path);
             match made {

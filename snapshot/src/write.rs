@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
@@ -120,7 +120,7 @@ fn fill(
             // Succeeds, because the receiver is in this function.
             let _ = done.send(Buffer::new());
         }
-        let writer = scope.spawn(move || {
+        let write = move || {
             for mut job in todo {
                 for (pages, offset) in &job.pieces {
                     files.write_all_at(file, path, job.buffer.pages(*pages), *offset)?;
@@ -132,7 +132,9 @@ fn fill(
                 let _ = done.send(job.buffer);
             }
             Ok::<(), Error>(())
-        });
+        };
+        let writer = thread::Builder::new().spawn_scoped(scope, write);
+        let writer = writer.map_err(|source| Error::file("written by a thread of its own", path, source))?;
         let mut meter = meter.part();
         let mut writing = LayerWriter { name, space, index, jobs, buffers, meter: &mut meter };
         let filled = writing.run(runs);
@@ -242,15 +244,19 @@ impl LayerWriter<'_> {
             // Compression has failed, or has not made it shorter: it is stored as it is.
             _ => bytes.clone(),
         };
+        let compress_all = |some: &[(u64, Vec<u8>)]| some.iter().map(|(_, bytes)| compress(bytes)).collect::<Vec<_>>();
         let packed: Vec<Vec<u8>> = thread::scope(|scope| {
-            let workers: Vec<_> = raw
-                .chunks(share)
-                .map(|some| scope.spawn(move || some.iter().map(|(_, bytes)| compress(bytes)).collect::<Vec<_>>()))
-                .collect();
-            workers
-                .into_iter()
-                .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect()
+            let begin = |some| {
+                // On a host that gives no further thread, this one does the share.
+                let worker = thread::Builder::new().spawn_scoped(scope, move || compress_all(some));
+                worker.map_err(|_| compress_all(some))
+            };
+            let workers: Vec<_> = raw.chunks(share).map(begin).collect();
+            let done = |worker: Result<ScopedJoinHandle<'_, _>, _>| match worker {
+                Ok(worker) => worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(done) => done,
+            };
+            workers.into_iter().flat_map(done).collect()
         });
         let start = self.index.chunks.last().map_or(0, |last| last.offset + u64::from(last.stored));
         let mut out = Vec::new();

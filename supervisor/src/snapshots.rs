@@ -111,9 +111,11 @@ impl Snapshots {
         }
     }
 
-    /// The directory of a VM's last snapshot.
-    fn last_dir(&self, vm: &str) -> Option<PathBuf> {
-        Some(self.states().get(vm)?.last.as_ref()?.dir.clone())
+    /// The directory and the identity of a VM's last snapshot.
+    fn last_place(&self, vm: &str) -> Option<(PathBuf, SnapshotId)> {
+        let states = self.states();
+        let last = states.get(vm)?.last.as_ref()?;
+        Some((last.dir.clone(), last.id))
     }
 
     /// Makes the snapshot that VMs were started from the base of their next ones.
@@ -143,8 +145,8 @@ impl Supervisor {
     /// When the VM was not saved here, or the record cannot be written.
     pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, DaemonError> {
         let refused = |text| DaemonError::Refused { kind: ProblemKind::SnapshotConflict, text };
-        let dir = self.0.snapshots.last_dir(vm);
-        let dir = dir.ok_or_else(|| refused(format!("{vm} was not saved before under this supervisor")))?;
+        let last = self.0.snapshots.last_place(vm);
+        let (dir, id) = last.ok_or_else(|| refused(format!("{vm} was not saved before under this supervisor")))?;
         let (mut runs, mut end) = (Vec::with_capacity(touched.runs.len()), 0);
         for TouchedRun { first, count } in touched.runs.iter().copied() {
             let behind = first.checked_add(count).filter(|_| first >= end && count > 0);
@@ -155,7 +157,7 @@ impl Supervisor {
             runs.push(PageRange::new(first, behind));
             end = behind;
         }
-        record_working_set(&dir, &runs).map_err(|error| DaemonError::Snapshot(Box::new(error.into())))?;
+        record_working_set(&dir, id, &runs).map_err(|error| DaemonError::Snapshot(Box::new(error.into())))?;
         Ok(runs.iter().map(|run| run.len()).sum())
     }
 

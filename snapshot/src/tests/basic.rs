@@ -198,7 +198,11 @@ fn what_a_run_touched_is_read_ahead_in_the_next() {
     put(&run, 1000, 4);
     let touched = linear(&layout, &run.touched().unwrap());
     assert!(touched.iter().any(|run| run.contains(1000)) && !touched.iter().any(|run| run.contains(3000)));
-    record_working_set(&at, &touched).unwrap();
+    record(&at, &touched).unwrap();
+    // Not the working set of what is in the directory by now.
+    let other = SnapshotId::new(7);
+    let refused = record_working_set(&at, other, &[PageRange::new(0, 1)]);
+    assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == other), "{refused:?}");
     let warm = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().working_set().unwrap().unwrap();
     assert_eq!(warm, touched);
     let image = snapshot.restore_ram(&store, &Load::WorkingSet(warm)).unwrap();
@@ -249,4 +253,19 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
         assert_eq!((look(&ram), look(&of_image), look(&on_disk)), (written, written, 3), "page {page}");
     }
     verify(&at, &ParentDirs::siblings()).unwrap();
+}
+
+#[test]
+fn a_snapshot_has_any_name_that_a_directory_has() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let image = freeze(&born(&layout(), &store));
+    // Of one, two and three bytes a character.
+    for name in ["x".repeat(255), "\u{fc}".repeat(127), "\u{20ac}".repeat(85)] {
+        let at = dir.path().join(&name);
+        Saving::default().save(&image, &at).unwrap();
+        Saving::default().save(&image, &at).unwrap();
+        assert_eq!(names(dir.path()), [name]);
+        fs::remove_dir_all(at).unwrap();
+    }
 }

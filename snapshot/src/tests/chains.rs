@@ -360,7 +360,7 @@ fn children_outlive_the_merging_of_their_parent() {
     let dir = scratch();
     let made = chain(&store, dir.path());
     let at = |name: &str| dir.path().join(name);
-    record_working_set(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
+    record(&at("b"), &[clade_memory::PageRange::new(0, 2)]).unwrap();
     let before: Vec<_> = ["a", "b", "c"].map(|name| restored(&at(name), &store, &Load::Lazy)).into();
     let vm = child(
         &Snapshot::open(&at("c"), &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap(),

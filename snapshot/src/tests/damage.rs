@@ -21,7 +21,7 @@ fn small(compression: Compression) -> (tempfile::TempDir, PathBuf) {
     let at = dir.path().join("it");
     let disks = [DiskToSave { name: "root", space: &disk }];
     Saving { disks: &disks, compression, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
-    record_working_set(&at, &[PageRange::new(2, 4)]).unwrap();
+    record(&at, &[PageRange::new(2, 4)]).unwrap();
     verify(&at, &ParentDirs::siblings()).unwrap();
     (dir, at)
 }

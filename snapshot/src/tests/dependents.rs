@@ -242,6 +242,50 @@ fn a_dependent_that_cannot_be_looked_at_counts() {
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
 }
 
+/// Two saves to one path: of both that find no note, one makes it first, and its snapshot may be the one that is put in
+/// place.
+#[test]
+fn a_note_that_another_save_makes_meanwhile_stays() {
+    let scene = Scene::new();
+    scene.depend(&FileOps::default()).unwrap();
+    let note = scene.at("two").join(&scene.notes()[0]);
+    fs::remove_dir_all(scene.at("three")).unwrap();
+    let text = fs::read(&note).unwrap();
+    fs::remove_file(&note).unwrap();
+    let (made, theirs) = (note.clone(), text.clone());
+    let once = std::sync::Once::new();
+    let plan = Plan::hooked(move |op, path| {
+        if op == FileOp::Create && path == made {
+            once.call_once(|| fs::write(&made, &theirs).unwrap());
+        }
+        Ok(())
+    });
+    scene.depend(&FileOps { plan: Some(Arc::new(plan)) }).unwrap();
+    assert_eq!(fs::read(&note).unwrap(), text);
+    let notes = scene.notes();
+    assert_eq!(notes.len(), 2, "{notes:?}");
+    assert!(notes.iter().all(|name| fs::read(scene.at("two").join(name)).unwrap() == text));
+    assert!(matches!(scene.replace(&FileOps::default()), Err(Error::Needed { .. })));
+}
+
+/// Another save to the same path has found the note before its writer fails to make it durable.
+#[test]
+fn a_note_that_another_save_relies_on_stays_when_its_sync_fails() {
+    let scene = Arc::new(Scene::new());
+    let (other, once) = (Arc::clone(&scene), std::sync::Once::new());
+    let plan = Plan::hooked(move |op, path| {
+        let is_note = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NEEDED_BY));
+        if op != FileOp::Sync || !is_note || once.is_completed() {
+            return Ok(());
+        }
+        once.call_once(|| assert!(other.depend(&FileOps::default()).is_ok()));
+        Err(Errno::IO.into())
+    });
+    scene.depend(&FileOps { plan: Some(Arc::new(plan)) }).unwrap_err();
+    let refused = scene.replace(&FileOps::default());
+    assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
+}
+
 /// Its writer may have ended before the sync.
 #[test]
 fn a_note_that_is_there_is_made_durable() {

@@ -73,6 +73,6 @@ fn make_fixtures() {
     let save = Save { memory: &second, disks: &disks, sections, base, compression: Compression::Zstd, replace: true };
     save.to(&child, &SaveProgress::none()).unwrap();
     fix(&child, 0xb1b1, Some(0xa1a1));
-    record_working_set(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
+    record(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
     assert_eq!(verify(&child, &ParentDirs::siblings()).unwrap().snapshots, 2);
 }

@@ -33,7 +33,7 @@ fn small(dir: &Path, name: &str) -> PathBuf {
     let at = dir.join(name);
     let disks = [DiskToSave { name: "root", space: &disk }];
     Saving { disks: &disks, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
-    record_working_set(&at, &[PageRange::new(2, 4)]).unwrap();
+    record(&at, &[PageRange::new(2, 4)]).unwrap();
     at
 }
 
@@ -283,7 +283,7 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     fs::write(at.join("warm"), format::with_checksum(bytes)).unwrap();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     // Recorded runs are normalized.
-    record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
+    record(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
     let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
     assert_eq!(snapshot.working_set().unwrap().as_deref(), Some(&wanted[..]));
     verify(&at, &ParentDirs::siblings()).unwrap();

@@ -1,13 +1,18 @@
 //! The process is killed at every step: afterwards the old snapshot is there, or the new one.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::fs::chown;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use clade_memory::Store;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use super::faults::{Fault, Plan};
 use super::support::*;
 use crate::files::FileOps;
+use crate::{Compression, Load, ParentDirs, Snapshot};
 
 const HOW: &str = "CLADE_SNAPSHOT_KILL";
 
@@ -53,4 +58,54 @@ fn killed_at_any_step() {
             step += stride;
         }
     }
+}
+
+/// A user that has no process.
+const NOBODY: u32 = 0x7ead_0001;
+
+/// Not a test of its own: the next test starts it as a user who may have no further thread.
+#[test]
+#[ignore = "is started by `a_host_without_a_further_thread_ends_no_process`"]
+fn threadless() {
+    let dir = std::env::var(HOW).unwrap();
+    let at = Path::new(&dir);
+    let store = Store::open_small().unwrap();
+    let ram = born(&layout(), &store);
+    put(&ram, 2, 2);
+    let packed = Saving { compression: Compression::Zstd, ..Saving::default() };
+    packed.save(&freeze(&ram), &at.join("packed")).unwrap();
+    let hard = getrlimit(Resource::Nproc).maximum;
+    setrlimit(Resource::Nproc, Rlimit { current: Some(1), maximum: hard }).unwrap();
+    assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "the limit is not there");
+    let refused = packed.save(&freeze(&ram), &at.join("new")).unwrap_err();
+    assert!(refused.to_string().contains("written by a thread of its own"), "{refused}");
+    assert_eq!(names(at), ["packed"], "nothing is left beside it");
+    // What one thread can do as well is done.
+    let snapshot = Snapshot::open(&at.join("packed"), &ParentDirs::siblings()).unwrap();
+    let image = snapshot.restore_ram(&store, &Load::Preload).unwrap();
+    assert_eq!(contents(&child(&image, &store)), contents(&ram));
+}
+
+#[test]
+fn a_host_without_a_further_thread_ends_no_process() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let (program, own) = (dir.path().join("program"), dir.path().join("own"));
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::create_dir(&own).unwrap();
+    let owned = chown(dir.path(), Some(NOBODY), Some(NOBODY)).and_then(|()| chown(&own, Some(NOBODY), Some(NOBODY)));
+    let as_other = || {
+        let mut child = Command::new(&program);
+        child.current_dir("/").uid(NOBODY).gid(NOBODY);
+        child
+    };
+    // Not by another user than root, in some containers, and from a directory that is not everyone's.
+    if let Err(error) = owned.and_then(|()| as_other().arg("--list").output().map(drop)) {
+        return clade_test_support::skip("root", &format!("no program runs as a user without processes: {error}"));
+    }
+    let mut child = as_other();
+    child.args(["--exact", "tests::kill::threadless", "--ignored", "--test-threads=1", "--nocapture"]);
+    child.env(HOW, &own).env(SCRATCH, &own);
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -9,8 +9,20 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::content::PageContent;
 use crate::files::FileOps;
+use crate::format::Manifest;
 use crate::space::Space;
+use crate::staging::MANIFEST;
 use crate::{Base, Compression, DiskToSave, Error, Load, ParentDirs, Save, SaveProgress, Saved, Snapshot, SnapshotId};
+
+/// The identity of the snapshot at `at`.
+pub(crate) fn id_at(at: &Path) -> SnapshotId {
+    Manifest::decode(&std::fs::read(at.join(MANIFEST)).unwrap()).unwrap().id
+}
+
+/// Records the working set of the snapshot at `at`.
+pub(crate) fn record(at: &Path, runs: &[PageRange]) -> Result<(), Error> {
+    crate::record_working_set(at, id_at(at), runs)
+}
 
 /// A disk in memory that tracks the writes since its last save.
 #[derive(Clone, Debug)]
@@ -252,7 +264,10 @@ impl Cast {
                 return crate::compact::compact_with(files, &target, &ParentDirs::siblings(), &SaveProgress::none())
                     .map(drop);
             }
-            Deed::WorkingSet => return crate::working_set::record_with(files, &target, &[PageRange::new(5, 7)]),
+            Deed::WorkingSet => {
+                let runs = [PageRange::new(5, 7)];
+                return crate::working_set::record_with(files, &target, id_at(&target), &runs);
+            }
             Deed::Fresh | Deed::Over => {}
             Deed::Incremental => saving.base = Some((&one, self.base.0, &self.base.1)),
             Deed::Packed => (saving.compression, saving.disks) = (Compression::Zstd, &disks),

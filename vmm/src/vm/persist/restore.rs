@@ -106,8 +106,8 @@ impl SavedVm {
     }
 }
 
-/// A directory's path without links.
-fn real(dir: &Path) -> PathBuf {
+/// A directory's path, absolute and without links.
+pub(super) fn real(dir: &Path) -> PathBuf {
     std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned())
 }
 

@@ -20,6 +20,7 @@ use clade_snapshot::{
 use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, ForkTimes};
 use crate::vm::machine::Vm;
+use crate::vm::persist::restore::real;
 use crate::vm::persist::{SavedAt, SnapshotError};
 
 /// Timeout of a snapshot for writes in flight at the fork.
@@ -199,7 +200,7 @@ impl Vm {
         let last = self.saving.last.try_lock().map_err(|_| busy())?;
         let Some(last) = last.as_ref() else { return Err(SnapshotError::NoBase { name: self.name().to_owned() }) };
         let runs = self.touched_runs()?;
-        record_working_set(&last.place.dir, &runs)?;
+        record_working_set(&last.place.dir, last.place.id, &runs)?;
         Ok(runs.iter().map(|run| run.len()).sum())
     }
 }
@@ -264,8 +265,8 @@ impl ForkImage {
         let SnapshotOptions { compression, replace, .. } = options;
         let save = Save { memory: self.ram(), disks: &disks, sections: &sections, base, compression, replace };
         let saved = save.to(dir, watch)?;
-        // Absolute: a relative path names another directory once the working directory has changed.
-        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+        // A relative path names another directory once the working directory has changed.
+        let dir = real(dir);
         Ok((SavedAt { dir, id: saved.id }, saved))
     }
 }
