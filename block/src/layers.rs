@@ -82,7 +82,12 @@ fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Re
 }
 
 /// Returns the runs of pieces, whose files are made durable first: a lost write may have left a hole.
-fn runs_of<'a>(pieces: impl Iterator<Item = (Range<u64>, &'a ClusterSource)>) -> Result<Vec<DiskRun>, DiskError> {
+/// A file of them that no longer has all clusters is an error: the rest of it would look like a hole. `size` is that
+/// of the disk, whose last cluster may be a short one.
+fn runs_of<'a>(
+    size: u64,
+    pieces: impl Iterator<Item = (Range<u64>, &'a ClusterSource)>,
+) -> Result<Vec<DiskRun>, DiskError> {
     let (mut runs, mut synced) = (Vec::new(), BTreeSet::new());
     for (clusters, source) in pieces {
         let ClusterSource::File(file) = source else {
@@ -94,8 +99,14 @@ fn runs_of<'a>(pieces: impl Iterator<Item = (Range<u64>, &'a ClusterSource)>) ->
         }
         // A write in flight may fill a hole.
         match file.has_writes() {
-            true => push(&mut runs, clusters, false),
-            false => push_file(&mut runs, file, clusters)?,
+            true => push(&mut runs, clusters.clone(), false),
+            false => push_file(&mut runs, file, clusters.clone())?,
+        }
+        // After the search: the file may be cut at any time.
+        let bytes = file.size()?;
+        if bytes < (clusters.end * CLUSTER).min(size) {
+            let (path, Range { start, end }) = (file.path().to_owned(), clusters);
+            return Err(DiskError::LayerRun { path, start, end, clusters: bytes / CLUSTER });
         }
     }
     Ok(runs)
@@ -112,9 +123,9 @@ impl DiskImage {
     /// image first: a file that is still being written counts as data.
     ///
     /// # Errors
-    /// When a write to a file was lost. When a file system cannot list a file's holes.
+    /// When a write to a file was lost, or a file was cut. When a file system cannot list a file's holes.
     pub fn runs(&self) -> Result<Vec<DiskRun>, DiskError> {
-        runs_of(self.map.pieces(0..self.clusters()))
+        runs_of(self.size(), self.map.pieces(0..self.clusters()))
     }
 
     /// The clusters that may differ from those of `older`, ascending. Includes all that differ, if
@@ -137,7 +148,7 @@ impl DiskImage {
                 pieces.push((at..clusters.end, source));
             }
         }
-        runs_of(pieces.into_iter())
+        runs_of(self.size(), pieces.into_iter())
     }
 
     /// Reads its bytes from `offset` on, through the page cache.

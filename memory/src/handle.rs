@@ -117,13 +117,16 @@ impl LayerHandle {
     /// If the file's extents cannot be read, or pages will never be filled.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
-        match self.0.storage() {
-            // Every page must exist: after a truncation the missing pages would look like a hole.
-            LayerStorage::File => return Ok(vec![range]),
-            LayerStorage::Foreign => check_length(self.0.file(), self.0.pages())?,
-            LayerStorage::Memory(_) | LayerStorage::Disk => {}
+        // Every page must exist: after a truncation the missing pages would look like a hole.
+        if let LayerStorage::File = self.0.storage() {
+            return Ok(vec![range]);
         }
-        allocated(self.0.as_fd(), range).map_err(RamError::Harvest)
+        let runs = allocated(self.0.as_fd(), range).map_err(RamError::Harvest)?;
+        // After the search: another process may cut the file at any time.
+        if let LayerStorage::Foreign = self.0.storage() {
+            check_length(self.0.file(), self.0.pages())?;
+        }
+        Ok(runs)
     }
 }
 

@@ -156,6 +156,28 @@ fn nothing_changed_since_is_no_run_and_holes_are_zeros() {
     assert_eq!(disk.fork().changed_since(&first).unwrap(), [run(25..26, false)]);
 }
 
+/// The rest of a file that was cut looks like a hole, and would be saved as zeros.
+#[test]
+fn a_file_that_was_cut_is_no_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = file(dir.path());
+    let image = Disk::open(&DiskConfig::new(&path)).unwrap().fork();
+    let layers = [layer(dir.path(), 0, &image, image.runs().unwrap())];
+    let mut config = DiskConfig::new(&path);
+    config.overlays = Some(dir.path().to_owned());
+    let restored = DiskImage::from_layers(&config, SIZE, &layers).unwrap();
+    let older = DiskImage::from_layers(&config, SIZE, &[]).unwrap();
+    let cut = dir.path().join("layer0");
+    // In the last cluster, in a run of data, in the hole, and where only zeros of the layer follow.
+    for len in [SIZE - 1, 35 * CLUSTER, 25 * CLUSTER, 5 * CLUSTER, 0] {
+        fs::OpenOptions::new().write(true).open(&cut).unwrap().set_len(len).unwrap();
+        for refused in [restored.runs(), restored.changed_since(&older)] {
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains("layer0") && text.contains(&format!("there are {:#x}", len / CLUSTER)), "{text}");
+        }
+    }
+}
+
 #[test]
 fn what_an_older_disk_did_not_reach_has_changed() {
     let dir = tempfile::tempdir().unwrap();
