@@ -54,6 +54,8 @@ const IDENTITY: &str = "identity";
 /// Size in bytes of the buffer for the longest byte string that is read in one piece: an XSAVE
 /// area's first part.
 const SCRATCH: usize = 16 << 10;
+/// Most bytes of the configuration, and of the identity.
+const MAX_SMALL: usize = 1 << 20;
 
 /// Why sections are refused, or an image cannot be written.
 #[derive(Debug, Error)]
@@ -81,6 +83,16 @@ pub enum SavedError {
         /// The decoder's error.
         #[source]
         source: ciborium::de::Error<std::io::Error>,
+    },
+    /// A section is larger than its value may be.
+    #[error("section {section:?} has {bytes} bytes, of at most {most}")]
+    Large {
+        /// The section's name.
+        section: &'static str,
+        /// The section's length in bytes.
+        bytes: usize,
+        /// The largest length.
+        most: usize,
     },
     /// A section has bytes after its value.
     #[error("section {section:?} has {left} bytes behind its end")]
@@ -206,7 +218,7 @@ impl ForkImage {
         backends: Vec<Backend>,
     ) -> Result<Self, SavedError> {
         let sections: Vec<(&str, &[u8])> = sections.into_iter().collect();
-        let config: VmConfig = read(&sections, CONFIG)?;
+        let config: VmConfig = read_small(&sections, CONFIG)?;
         check_config(&config, &ram)?;
         let Vcpus(vcpus) = read(&sections, VCPUS)?;
         check_vcpus(&config, &vcpus)?;
@@ -218,7 +230,7 @@ impl ForkImage {
         }
         let devices: DevicesState = read(&sections, DEVICES)?;
         check_devices(&config, &devices, &backends)?;
-        let SavedIdentity { identity, generation } = read(&sections, IDENTITY)?;
+        let SavedIdentity { identity, generation } = read_small(&sections, IDENTITY)?;
         let count = |what: &str, found: usize, wanted: usize| expect(IDENTITY, what, found as u64, wanted as u64);
         count("network devices", identity.nets.len(), config.nets.len())?;
         count("socket devices", usize::from(identity.vsock.is_some()), usize::from(config.vsock.is_some()))?;
@@ -243,7 +255,7 @@ pub fn host_requirements<'a>(
 /// # Errors
 /// When there is no such section, or it cannot be read.
 pub fn config<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<VmConfig, SavedError> {
-    read(&sections.into_iter().collect::<Vec<_>>(), CONFIG)
+    read_small(&sections.into_iter().collect::<Vec<_>>(), CONFIG)
 }
 
 /// The identity of the VM that was saved, and its generation.
@@ -253,7 +265,7 @@ pub fn config<'a>(sections: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Re
 pub(super) fn identity<'a>(
     sections: impl IntoIterator<Item = (&'a str, &'a [u8])>,
 ) -> Result<(Identity, u32), SavedError> {
-    let SavedIdentity { identity, generation } = read(&sections.into_iter().collect::<Vec<_>>(), IDENTITY)?;
+    let SavedIdentity { identity, generation } = read_small(&sections.into_iter().collect::<Vec<_>>(), IDENTITY)?;
     Ok((identity, generation))
 }
 
@@ -273,6 +285,15 @@ fn read<T: DeserializeOwned>(sections: &[(&str, &[u8])], section: &'static str) 
     let value = ciborium::de::from_reader_with_buffer(&mut rest, &mut scratch);
     let value = value.map_err(|source| SavedError::Read { section, bytes: bytes.len(), source })?;
     if rest.is_empty() { Ok(value) } else { Err(SavedError::Behind { section, left: rest.len() }) }
+}
+
+/// Reads a section that a process without confinement reads too: of short lists, a byte takes up to 24 in memory.
+fn read_small<T: DeserializeOwned>(sections: &[(&str, &[u8])], section: &'static str) -> Result<T, SavedError> {
+    let long = sections.iter().find(|(name, bytes)| *name == section && bytes.len() > MAX_SMALL);
+    match long {
+        Some((_, bytes)) => Err(SavedError::Large { section, bytes: bytes.len(), most: MAX_SMALL }),
+        None => read(sections, section),
+    }
 }
 
 /// The states of vCPUs, no more than a VM may have: each takes seventy times its shortest encoding in memory.

@@ -186,6 +186,14 @@ fn sections_that_do_not_fit_each_other_are_refused_by_name() {
     assert_eq!(refused(&sections), "there is no section \"vcpus\"");
     sections.extend([removed.clone(), removed]);
     assert_eq!(refused(&sections), "section \"vcpus\" is there more than once");
+    // Of lists without end in a configuration, a byte takes 24 in memory.
+    for (at, name) in [CONFIG, IDENTITY].map(|name| (SECTIONS.iter().position(|own| *own == name).unwrap(), name)) {
+        let mut sections = image.sections().unwrap();
+        sections[at].1.resize(MAX_SMALL + 1, 0);
+        assert_eq!(refused(&sections), format!("section {name:?} has 1048577 bytes, of at most 1048576"));
+        sections[at].1.pop();
+        assert!(refused(&sections).contains("bytes behind its end"));
+    }
     let no_disk = ForkImage { backends: vec![Backend::None; 4], ..image.clone() };
     let text = refusal(&image.sections().unwrap(), &no_disk);
     assert_eq!(text, "section \"devices\": device 0 is of kind \"without a disk\", must be \"block\"");
