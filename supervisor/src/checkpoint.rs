@@ -18,6 +18,7 @@ use clade_api::secrets::Secrets;
 use clade_api::{CheckpointInfo, DaemonError, DetachedInfo, ErasedInfo, ForkAnswer, ForkedInfo, Labels, RuntimeDir};
 use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
+use clade_worker::VmTemplate;
 use clade_worker::ahead::Learning;
 use clade_worker::image::{ForkedVm, PendingFork};
 
@@ -65,6 +66,10 @@ impl ImagesInUse {
     pub(super) fn paths(&self) -> BTreeSet<PathBuf> {
         self.all().iter().filter_map(Weak::upgrade).flat_map(|images| images.to_vec()).collect()
     }
+}
+
+fn images_of(template: &VmTemplate) -> Arc<[PathBuf]> {
+    template.images().map(Path::to_owned).collect()
 }
 
 /// The source of an image.
@@ -196,7 +201,7 @@ impl Checkpoint {
 
     fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
         let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
-        let images = vm_record.template.images().map(Path::to_owned).collect();
+        let images = images_of(&vm_record.template);
         Self {
             origin,
             vm_record,
@@ -212,11 +217,20 @@ impl Checkpoint {
         }
     }
 
-    /// The same image made of copies, which are detached.
-    pub(super) fn with_parts(mut self, parts: SealedParts, info: DetachedInfo, copies: Copies) -> Self {
+    /// The same image made of copies, which are detached. The images of disks that were copied are not in use by it.
+    pub(super) fn with_parts(
+        mut self,
+        parts: SealedParts,
+        info: DetachedInfo,
+        copies: Copies,
+        in_use: &ImagesInUse,
+    ) -> Self {
         self.descends_from_copies = self.vm_record.template.detached;
         self.vm_record.template.detached = true;
-        Self { parts, detached: Some((info, copies)), ..self }
+        let images = images_of(&self.vm_record.template);
+        // Before the drop of the earlier list: most are in both.
+        in_use.note(&images);
+        Self { parts, detached: Some((info, copies)), images, ..self }
     }
 
     /// Returns whether it is made of copies.

@@ -315,6 +315,7 @@ impl Supervisor {
                 && let Err(error) = self.remove_kept(&name)
             {
                 // Its record is still on the disk, so this supervisor has the checkpoint too.
+                self.0.events.checkpoint_created(&name, vm);
                 name.hold(checkpoint, kept);
                 return Err(error);
             }

@@ -131,7 +131,7 @@ impl Supervisor {
         let copies = self.0.copied_files.add(vm, &after, made, known).map_err(failed)?;
         let info = DetachedInfo { total_us: begun.elapsed().as_secs_f64() * 1e6, ..counts };
         drop((before, after));
-        Ok(checkpoint.with_parts(image, info, copies))
+        Ok(checkpoint.with_parts(image, info, copies, &self.0.images_in_use))
     }
 }
 

@@ -20,7 +20,7 @@ use clade_api::{
     CheckpointInfo, DaemonError, ForkAnswer, ForkRequest, LONGEST_NAME, OpenRequest, ProblemKind, RestoreRequest,
     SavedSource, check_names,
 };
-use clade_snapshot::ParentDirs;
+use clade_snapshot::{KnownDir, ParentDirs};
 use clade_vmm::vm::{RestoreLoad, SavedVm, SnapshotError};
 use clade_worker::{ReadSnapshotRequest, VmTemplate, Worker};
 
@@ -226,7 +226,13 @@ impl Supervisor {
         // Not beside the snapshot: children's overlays outlive the checkpoint.
         let (dir, overlays) = (kept.snapshot(name, record.chain()), Some(kept.root().to_owned()));
         let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: kept.parents(record.chain()) };
+        // A link in its place would lead to a snapshot of others, and allow its siblings as parents.
+        let known = KnownDir::at(&source.dir).map_err(|error| DaemonError::Snapshot(Box::new(error.into())))?;
         let (saved, template) = self.saved(&source)?;
+        if saved.dirs.first().and_then(|dir| dir.id) != known.id {
+            let text = format!("the snapshot of checkpoint {name:?} was replaced while it was opened");
+            return Err(DaemonError::Refused { kind: ProblemKind::SnapshotConflict, text });
+        }
         let vm_record =
             VmRecord { bounds: record.bounds, network: record.network(), ..vm_record(template, &saved, None) };
         let checkpoint = self.checkpoint_from(&source, &saved, vm_record, cancel)?;

@@ -6,12 +6,14 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use clade_guests::abi::disk::What;
 use clade_harness::GuestWords;
+use clade_test_support::wait_until;
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
-use crate::tool::{expect_problem, kvm};
+use crate::tool::{expect_problem, hold, kill, kvm};
 
 const PAGE: u64 = 4096;
 /// Pages that are written beside the first three.
@@ -236,7 +238,17 @@ fn a_detached_checkpoint_holds_no_disk_of_its_vm() {
     checkpoint(&all, "web", "safe", &["--detach"]);
     all.fork(&["safe", "--name", "child"]);
     vm("web").disk(What::Write, 0, 96, 2);
+    // The process waits for a child until it is held: it has not merged its writes when the child has ended.
+    all.fork(&["web", "--name", "live"]);
+    let process = all.runtime.worker("web");
     all.stop("web");
+    hold(process);
+    all.stop("live");
+    wait_until("no other VM and no checkpoint uses the image", || {
+        let merging = all.http("GET", "/v1/supervisor", "").1["merging"].clone();
+        merging[0]["name"] == "web" && merging[0]["waits"] == false
+    });
+    kill(process, Signal::CONT);
     // A VM that is booted with the image is refused while another has it locked.
     all.boot("again", &["--disk", &written]);
     vm("again").open_disk();

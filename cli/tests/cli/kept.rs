@@ -161,6 +161,31 @@ fn a_kept_checkpoint_is_opened_once() {
     end(all);
 }
 
+/// The process that writes a snapshot has the directory that the snapshot is in.
+#[test]
+fn a_link_in_the_place_of_a_kept_snapshot_is_not_followed() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.put("web", 1, 11);
+    keep(&all, "web", "base");
+    let own = data_of(&all, "base").remove(0).join("snapshot");
+    let aside = all.runtime.kept().join("aside");
+    restart(&mut all);
+    fs::rename(&own, &aside).unwrap();
+    std::os::unix::fs::symlink(&aside, &own).unwrap();
+    let refused = all.runtime.clade(&["fork", "base"]);
+    assert!(refused.code != Some(0) && refused.stderr.contains("snapshot"), "{refused:?}");
+    assert_eq!(all.runtime.names(), ["web"]);
+    fs::remove_file(&own).unwrap();
+    fs::rename(&aside, &own).unwrap();
+    assert_eq!(all.fork(&["base", "--name", "first"]), ["first"]);
+    assert_eq!(all.word("first", 1), 11);
+    end(all);
+}
+
 #[test]
 fn a_checkpoint_that_cannot_be_kept_leaves_nothing() {
     if !kvm() {

@@ -358,7 +358,13 @@ impl KeptDir {
             match fs::rename(dir, &gone) {
                 Ok(()) => return Ok(Some(gone)),
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-                Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && number < 1000 => number += 1,
+                // The second is XFS's.
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists)
+                        && number < 1000 =>
+                {
+                    number += 1;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -366,7 +372,9 @@ impl KeptDir {
 
     /// Removes the data that no checkpoint needs.
     fn remove_unneeded(&self) {
-        let put_away = || -> io::Result<Vec<PathBuf>> {
+        // These are removed whatever becomes of the others.
+        let mut gone = Vec::new();
+        let mut put_away = || -> io::Result<()> {
             // Held: data that is needed from now on has no directory yet.
             let mut needs = self.needs();
             let mut there = Vec::new();
@@ -378,17 +386,25 @@ impl KeptDir {
                 // A record whose removal is not durable has its data after a power cut.
                 self.sync()?;
             }
-            let gone = unneeded.iter().map(|id| self.put_away(&self.data(id), id.as_str()));
-            let gone = gone.collect::<io::Result<Vec<_>>>()?;
-            needs.forget(&unneeded);
-            Ok(gone.into_iter().flatten().collect())
+            let mut done = Ok(());
+            for id in unneeded {
+                match self.put_away(&self.data(&id), id.as_str()) {
+                    Ok(dir) => {
+                        gone.extend(dir);
+                        needs.forget(&[id]);
+                    }
+                    Err(error) => done = Err(error),
+                }
+            }
+            done
         };
         match put_away() {
-            Ok(gone) => gone.iter().for_each(|dir| remove_tree(dir)),
+            Ok(()) => {}
             // Before the first checkpoint.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => tracing::warn!(%error, "data of removed checkpoints stays"),
         }
+        gone.iter().for_each(|dir| remove_tree(dir));
     }
 }
 

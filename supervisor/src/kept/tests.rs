@@ -222,6 +222,35 @@ fn data_stays_until_no_checkpoint_builds_on_it() {
     assert!(data(&dir).is_empty());
 }
 
+#[test]
+fn data_that_cannot_be_put_away_costs_no_other_its_removal() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path().join("checkpoints");
+    let dir = KeptDir::open(&root).unwrap().0;
+    let first = kept(&dir, "first");
+    let second = kept_on(&dir, "second", &first);
+    let third = kept_on(&dir, "third", &second);
+    dir.remove("first").unwrap();
+    dir.remove("second").unwrap();
+    // No directory takes the place of a file.
+    let taken = root.join(format!("{GONE}{}-0", second[0].as_str()));
+    fs::write(&taken, "").unwrap();
+    dir.remove("third").unwrap();
+    assert_eq!(data(&dir), BTreeSet::from([second[0].as_str().to_owned()]));
+    let put_away = |id: &DataId| root.join(format!("{GONE}{}-0", id.as_str())).exists();
+    assert!(!put_away(&first[0]) && !put_away(&third[0]), "they are removed");
+    fs::remove_file(&taken).unwrap();
+    kept(&dir, "later");
+    dir.remove("later").unwrap();
+    assert!(data(&dir).is_empty());
+    // A directory that an earlier supervisor could not remove keeps its name.
+    let left = root.join(format!("{GONE}again-0"));
+    fs::create_dir_all(left.join("x")).unwrap();
+    kept(&dir, "again");
+    dir.remove("again").unwrap();
+    assert!(left.exists() && !root.join("again").exists());
+}
+
 /// A supervisor that was killed while it wrote a checkpoint, beside others.
 #[test]
 fn incomplete_checkpoints_cost_no_other_its_data() {
