@@ -82,6 +82,8 @@ struct Auth {
     auth: Option<Zeroizing<String>>,
     username: Option<String>,
     password: Option<Zeroizing<String>>,
+    #[serde(default, rename = "identitytoken")]
+    identity_token: Option<Zeroizing<String>>,
 }
 
 /// The registry of a key of "auths": `HOST[:PORT]`, possibly as an address with a path.
@@ -153,6 +155,8 @@ impl Credentials {
         };
         let broken = || CredentialsError::Auth { path: path.clone(), registry: host.to_owned() };
         match found {
+            // Its `auth` has no password. The token is for an exchange by OAuth, which is not done here.
+            Auth { identity_token: Some(token), .. } if !token.is_empty() => Ok(None),
             Auth { auth: Some(auth), .. } if !auth.is_empty() => {
                 let bytes = BASE64_STANDARD.decode(auth.as_bytes()).map(Zeroizing::new).map_err(|_| broken())?;
                 let text = std::str::from_utf8(&bytes).map_err(|_| broken())?;
@@ -211,7 +215,13 @@ mod tests {
         for none in ["d.example", "b.example", "a.example:443", "example", "v1"] {
             assert_eq!(find(none).unwrap(), None, "{none}");
         }
-        for broken in ["e.example", "f.example"] {
+        // As `docker login` writes an identity token: without a password.
+        write(
+            r#"{"auths": {"t.example": {"auth": "dTo=", "identitytoken": "t"}, "e.example": {"auth": "dTp"},
+                "f.example": {"auth": "bm9jb2xvbg=="}, "g.example": {"auth": "dTo="}}}"#,
+        );
+        assert_eq!(find("t.example").unwrap(), None);
+        for broken in ["e.example", "f.example", "g.example"] {
             let error = find(broken).unwrap_err().to_string();
             assert!(error.contains(broken) && error.contains("config.json") && !error.contains("dTp"), "{error}");
         }

@@ -27,6 +27,7 @@ mod dockerfile;
 mod ext4;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod lease;
 mod limits;
 mod manifest;
 mod options;

@@ -20,6 +20,8 @@ pub(crate) const MAX_DEPTH: usize = 1024;
 pub(crate) const MAX_LINKS: u32 = 65_000;
 /// Maximum bytes of names, links and attributes of all entries.
 const MAX_NAMES: u64 = 512 << 20;
+/// Bytes of memory that an attribute takes beside its name and value.
+pub(crate) const XATTR_COST: usize = 64;
 /// Maximum number of components of links that paths of an image lead over. The links of a distribution take a few for
 /// each entry.
 pub(crate) const MAX_LINK_STEPS: u64 = 16 << 20;

@@ -1,13 +1,9 @@
 //! Lookup of images by text, and their removal.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
-use std::path::Path;
-
 use thiserror::Error;
 
 use crate::digest::Digest;
+use crate::lease::is_open;
 use crate::reference::{ImageName, Reference, canonical_name};
 use crate::store::{Image, ImageStore, ImageStoreError};
 
@@ -128,17 +124,4 @@ impl ImageStore {
         let lock = self.lock()?;
         Ok(self.sweep_of(&lock)?)
     }
-}
-
-/// Whether any other process has the file open. The kernel grants a write lease only to the sole
-/// opener.
-fn is_open(path: &Path) -> bool {
-    // Without a disk there is no user.
-    let Ok(file) = File::open(path) else { return false };
-    // SAFETY: the descriptor is open for as long as `file` is, and the other arguments of the call
-    // are numbers. The lease ends with the descriptor.
-    let leased = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
-    // Without leases on the file system, the use is unknown; open files then stay intact for their
-    // users.
-    leased != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
 }

@@ -250,10 +250,8 @@ impl<R: Read> TarReader<R> {
     }
 
     fn long(&mut self, what: &'static str, size: u64) -> Result<Vec<u8>, TarError> {
-        let mut name = self.content(what, size, MAX_PATH as u64 + 1)?;
-        // The name ends with a NUL.
-        name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
-        Ok(name)
+        // Up to the NUL, and in as much memory: the layer keeps it.
+        Ok(until_nul(&self.content(what, size, MAX_PATH as u64 + 1)?).to_vec())
     }
 
     fn records(&self, mut bytes: &[u8], extended: &mut Extended) -> Result<(), TarError> {

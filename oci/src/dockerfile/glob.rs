@@ -60,6 +60,13 @@ impl Pattern {
         is_plain.then(|| self.0.join("/"))
     }
 
+    /// Number of names in each path that the pattern matches, or none if that differs.
+    #[must_use]
+    pub fn depth(&self) -> Option<usize> {
+        let is_any = self.0.iter().any(|name| name == "**");
+        (!is_any).then_some(self.0.len())
+    }
+
     /// Whether the pattern matches the whole path.
     #[must_use]
     pub fn matches(&self, path: &str) -> bool {

@@ -1,5 +1,5 @@
-//! Directories: lists of names in blocks, without an index. The kernel makes an index when a
-//! directory grows.
+//! Directories: lists of names in blocks, without an index. The kernel makes an index when a directory of one block
+//! grows. One that has more from here stays a list, which the guest searches from its beginning.
 
 use std::io;
 

@@ -2,13 +2,13 @@
 //! archive. So all headers are read first, then whiteouts are applied, and then entries in their
 //! order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Write};
 
 use super::walk::parts;
 use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
-use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
+use crate::limits::{Bounded, MAX_LINKS, MAX_PATH, XATTR_COST};
 use crate::sparse::SparseWriter;
 use crate::tar::{TarHeader, TarKind, TarReader, shown};
 use crate::xattr_rules::{XATTR_ROOM, xattr_index, xattr_room};
@@ -75,7 +75,7 @@ impl Layer {
         let mut archive = TarReader::new(archive);
         let mut layer = Self::default();
         while let Some(header) = archive.next_entry()? {
-            let xattrs: usize = header.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+            let xattrs: usize = header.xattrs.iter().map(|(name, value)| XATTR_COST + name.len() + value.len()).sum();
             let budget = archive.get_mut().budget();
             budget.take_entry(header.path.len() + header.link.len() + xattrs)?;
             budget.allows(header.size)?;
@@ -154,9 +154,11 @@ fn join(parts: &[&[u8]]) -> Vec<u8> {
 
 /// Keeps the image's own attributes: those of users, and the capabilities of programs. The others
 /// belong to the system on which the layer was made. Returns the number of these.
-fn sort_xattrs(header: &mut TarHeader) -> Result<u64, LayerError> {
+pub(super) fn sort_xattrs(header: &mut TarHeader) -> Result<u64, LayerError> {
     let before = header.xattrs.len();
     header.xattrs.retain(|(name, _)| xattr_index(name).is_some());
+    // The layer keeps the list.
+    header.xattrs.shrink_to_fit();
     header.xattrs.sort();
     let found: usize = header.xattrs.iter().map(|(name, value)| xattr_room(name, value)).sum();
     if found > XATTR_ROOM || header.xattrs.iter().any(|(name, _)| name.len() > 255 || name.contains(&0)) {
@@ -168,13 +170,18 @@ fn sort_xattrs(header: &mut TarHeader) -> Result<u64, LayerError> {
 impl Tree {
     /// Applies a layer to the tree. `number` must be unique per layer.
     pub(crate) fn apply(&mut self, layer: Layer, number: usize) -> Result<(), LayerError> {
-        for path in &layer.opaque {
+        let replaced = self.replaced_links(&layer);
+        // Before anything is hidden, as the links themselves may be.
+        let is_old = |path: &&Vec<u8>| self.first_link(path).is_none_or(|link| !replaced.contains(link));
+        let opaque: Vec<&Vec<u8>> = layer.opaque.iter().filter(is_old).collect();
+        let whiteouts: Vec<&Vec<u8>> = layer.whiteouts.iter().filter(is_old).collect();
+        for path in opaque {
             if let Some(dir) = self.opaque(path)? {
                 let names = self.names_mut(dir).map(std::mem::take).unwrap_or_default();
                 names.values().for_each(|name| self.unlink(name.node));
             }
         }
-        for path in &layer.whiteouts {
+        for path in whiteouts {
             let whole = split(path);
             let Some((name, above)) = whole.split_last() else { continue };
             if let Some(dir) = self.directory(path, above, None)?
@@ -184,6 +191,33 @@ impl Tree {
             }
         }
         layer.entries.into_iter().try_for_each(|(header, content)| self.put(header, content, number))
+    }
+
+    /// Links of lower layers in the place of which this layer has something else, as far as whiteouts are beneath them:
+    /// these are of the new directory, and hide nothing behind the link.
+    fn replaced_links<'l>(&self, layer: &'l Layer) -> HashSet<&'l [u8]> {
+        let hidden = layer.opaque.iter().chain(&layer.whiteouts);
+        let mut links: HashSet<&[u8]> = hidden.filter_map(|path| self.first_link(path)).collect();
+        if !links.is_empty() {
+            let new = layer.entries.iter().filter(|(header, _)| header.kind != TarKind::Symlink);
+            let new: HashSet<Vec<u8>> = new.map(|(header, _)| join(&parts(&header.path).unwrap_or_default())).collect();
+            links.retain(|path| new.contains(*path));
+        }
+        links
+    }
+
+    /// The path up to the first symbolic link above its last component, if it leads over one. The walk ends where nothing
+    /// is: an image may have a million long paths.
+    fn first_link<'p>(&self, path: &'p [u8]) -> Option<&'p [u8]> {
+        let (mut dir, mut from) = (ROOT, 0);
+        for (at, _) in path.iter().enumerate().filter(|(_, byte)| **byte == b'/') {
+            dir = self.names(dir)?.get(&path[from..at])?.node;
+            if matches!(self.node(dir).content, Content::Symlink(_)) {
+                return Some(&path[..at]);
+            }
+            from = at + 1;
+        }
+        None
     }
 
     /// The directory of the lower layers that an opaque one hides. A symbolic link as the last component is

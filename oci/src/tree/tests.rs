@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::limits::{Bounded, Budget};
 use crate::tar::{TarHeader, TarKind, TarReader};
 
 /// The kind of a model's entry.
@@ -79,8 +80,23 @@ impl Model {
         self.items.retain(|other, _| !(other.starts_with(path) && (itself || other != path)));
     }
 
+    /// Whether a path is beneath something of this layer that takes the place of a link.
+    fn is_new(&self, layer: &[Op], path: &str) -> bool {
+        layer.iter().any(|op| match op {
+            Op::Dir(own, _) | Op::File(own, _) | Op::Hard(own, _) => {
+                let is_link = self.items.get(&split(own)).is_some_and(|item| matches!(item.what, What::Link(_)));
+                is_link && path.starts_with(&format!("{own}/"))
+            }
+            Op::Link(..) | Op::Whiteout(_) | Op::Opaque(_) => false,
+        })
+    }
+
     fn apply(&mut self, layer: &[Op], number: usize) -> Result<(), ()> {
-        for op in layer {
+        let new: Vec<bool> = layer
+            .iter()
+            .map(|op| matches!(op, Op::Whiteout(path) | Op::Opaque(path) if self.is_new(layer, path)))
+            .collect();
+        for (op, _) in layer.iter().zip(&new).filter(|(_, new)| !**new) {
             if let Op::Opaque(path) = op
                 && let (above, name) = path.rsplit_once('/').unwrap_or(("", path))
                 && let Some(mut dir) = self.directory(&split(above), None)?
@@ -91,7 +107,7 @@ impl Model {
                 }
             }
         }
-        for op in layer {
+        for (op, _) in layer.iter().zip(&new).filter(|(_, new)| !**new) {
             if let Op::Whiteout(path) = op {
                 let whole = split(path);
                 if let Some(mut dir) = self.directory(&whole[..whole.len() - 1], None)? {
@@ -283,6 +299,24 @@ fn an_opaque_directory_in_the_place_of_a_link_hides_nothing_behind_the_link() {
 }
 
 #[test]
+fn whiteouts_in_the_place_of_a_link_hide_nothing_behind_the_link() {
+    let mut tree = Tree::new(&ImageLimits::default());
+    let lower = [Op::File("usr/lib/x/y".into(), 1), Op::Link("a".into(), "usr/lib".into(), 1)];
+    tree.apply(read(&lower), 0).unwrap();
+    let upper = [Op::Dir("a".into(), 2), Op::Whiteout("a/x".into()), Op::Opaque("a/x".into())];
+    tree.apply(read(&upper), 1).unwrap();
+    assert_eq!(shown(&tree).keys().collect::<Vec<_>>(), ["a", "usr", "usr/lib", "usr/lib/x", "usr/lib/x/y"]);
+    // As many long paths as an image may have are walked no further than the tree goes.
+    let deep: Vec<_> = (0..2000).map(|n| Op::Whiteout(format!("{n}/{}x", "a/".repeat(1000)))).collect();
+    tree.apply(read(&deep), 2).unwrap();
+    // A link that stays, or is set anew, is followed.
+    let mut tree = Tree::new(&ImageLimits::default());
+    tree.apply(read(&lower), 0).unwrap();
+    tree.apply(read(&[Op::Link("a".into(), "usr/lib".into(), 2), Op::Whiteout("a/x".into())]), 1).unwrap();
+    assert_eq!(shown(&tree).keys().collect::<Vec<_>>(), ["a", "usr", "usr/lib"]);
+}
+
+#[test]
 fn the_components_of_links_that_an_images_paths_lead_over_are_bounded() {
     let mut tree = Tree::new(&ImageLimits::default());
     // Forth and back, as often as fits into a link's target; each link leads over the one before.
@@ -327,4 +361,46 @@ fn a_link_may_take_the_place_of_a_directory_that_has_its_file() {
     // A link to itself, too.
     tree.apply(read(&[Op::Hard("d".into(), "d".into())]), 2).unwrap();
     assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));
+}
+
+/// A header of an archive, for that many bytes, and these.
+fn block(kind: u8, bytes: &[u8]) -> Vec<u8> {
+    let mut block = vec![0; 512 + bytes.len().next_multiple_of(512)];
+    block[0] = b'x';
+    block[124..135].copy_from_slice(format!("{:011o}", bytes.len()).as_bytes());
+    block[148..156].fill(b' ');
+    block[156] = kind;
+    let sum: u32 = block[..512].iter().map(|byte| u32::from(*byte)).sum();
+    block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    block[512..512 + bytes.len()].copy_from_slice(bytes);
+    block
+}
+
+/// Layers keep the headers of a million entries.
+#[test]
+fn a_header_takes_no_more_memory_than_is_counted() {
+    let mut long = vec![b'y'; 4097];
+    long[..2].copy_from_slice(b"a\0");
+    let archive = [block(b'L', &long), block(b'K', &long), block(b'0', b"")].concat();
+    let mut header = TarReader::new(&archive[..]).next_entry().unwrap().unwrap();
+    assert_eq!((&*header.path, &*header.link), (&b"a"[..], &b"a"[..]));
+    assert!(header.path.capacity() < 64 && header.link.capacity() < 64, "{header:?}");
+    header.xattrs = (0..40_000).map(|n| (format!("trusted.{n}").into_bytes().into(), [].into())).collect();
+    assert_eq!(apply::sort_xattrs(&mut header).unwrap(), 40_000);
+    assert_eq!(header.xattrs.capacity(), 0);
+
+    let attributes: Vec<u8> = (0..1000)
+        .flat_map(|n| {
+            let record = format!("SCHILY.xattr.trusted.{n:04}=\n");
+            format!("{} {record}", record.len() + 3).into_bytes()
+        })
+        .collect();
+    let archive = [block(b'x', &attributes), block(b'0', b""), vec![0; 1024]].concat();
+    let mut budget = Budget::new(&ImageLimits::default());
+    let mut spool = Spool::new(tempfile::tempfile().unwrap());
+    let compressed = std::rc::Rc::new(std::cell::Cell::new(archive.len() as u64));
+    let (layer, _) = Layer::read(Bounded::new(&archive[..], compressed, &mut budget), &mut spool).unwrap();
+    assert_eq!(layer.skipped, 1000);
+    let refused = budget.take_entry((512 << 20) - 64 * 1000);
+    assert!(matches!(refused, Err(LimitError::Names(_))), "{refused:?}");
 }

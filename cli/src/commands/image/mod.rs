@@ -231,7 +231,7 @@ impl Progress for Bars {
     }
 }
 
-/// Pulls one image. An image named by a digest in the cache needs no registry.
+/// Pulls one image. The registry is asked for its manifest even if the image is in the cache.
 pub(super) fn pull(
     store: &ImageStore,
     reference: &Reference,
