@@ -88,16 +88,25 @@ impl BuildContext {
             Some(path) => vec![path],
             None => {
                 let mut found = Vec::new();
-                self.matching(&pattern, "", 0, &mut found)?;
+                self.matching(&pattern, "", &mut found)?;
                 found
             }
         };
-        let found: Vec<String> =
-            found.into_iter().filter(|path| self.ignore.has_exceptions() || !self.ignore.leaves_out(path)).collect();
-        if found.is_empty() {
-            return Err(Failure::input(anyhow!("{word:?} names nothing in the directory of the build")));
+        let found = found.iter().filter(|path| !self.leaves_out_all(path)).map(|path| self.source(path));
+        let sources: Vec<ContextSource> = found.collect::<Result<_, _>>()?;
+        // Of a directory that is ignored, what is not may be left.
+        let sources: Vec<ContextSource> = sources.into_iter().filter(|source| !source.entries.is_empty()).collect();
+        if sources.is_empty() {
+            let text =
+                format!("{word:?} names nothing in the directory of the build that {IGNORE_FILE} does not leave out");
+            return Err(Failure::input(anyhow!(text)));
         }
-        found.iter().map(|path| self.source(path)).collect()
+        Ok(sources)
+    }
+
+    /// Returns whether a path and everything below it is ignored, as far as that is known without a look at them.
+    fn leaves_out_all(&self, path: &str) -> bool {
+        !self.ignore.has_exceptions() && self.ignore.leaves_out(path)
     }
 
     /// Entries of a directory by name. No link is followed.
@@ -119,8 +128,10 @@ impl BuildContext {
         Ok(all)
     }
 
-    /// Collects the paths that a pattern matches. A match includes everything below it.
-    fn matching(&self, pattern: &Pattern, dir: &str, depth: usize, found: &mut Vec<String>) -> Result<(), Failure> {
+    /// Collects the paths that a pattern matches. A match includes everything below it. Directories that are ignored,
+    /// or too deep for the pattern, are not read: they may be unreadable.
+    fn matching(&self, pattern: &Pattern, dir: &str, found: &mut Vec<String>) -> Result<(), Failure> {
+        let depth = dir.split('/').filter(|name| !name.is_empty()).count();
         if depth == MAX_DEPTH {
             return Err(Failure::input(anyhow!("{dir}: more than {MAX_DEPTH} levels")));
         }
@@ -128,15 +139,25 @@ impl BuildContext {
             let path = join(dir, &name);
             if pattern.matches(&path) {
                 found.push(path);
-            } else if kind.is_dir() {
-                self.matching(pattern, &path, depth + 1, found)?;
+            } else if kind.is_dir()
+                && pattern.depth().is_none_or(|most| depth + 1 < most)
+                && !self.leaves_out_all(&path)
+            {
+                self.matching(pattern, &path, found)?;
             }
         }
         Ok(())
     }
 
+    /// The source at a path, without entries if all of it is ignored.
     fn source(&self, path: &str) -> Result<ContextSource, Failure> {
         let given = self.root.join(path);
+        let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+        let is_dir = given.symlink_metadata().is_ok_and(|found| found.is_dir());
+        // Nothing below it is another exception's: a link's target has a path of its own.
+        if !path.is_empty() && !is_dir && self.ignore.leaves_out(path) {
+            return Ok(ContextSource { name, is_dir, entries: Vec::new() });
+        }
         // The target of a link on the way has to be in the directory, too.
         let real = given.canonicalize().map_err(named(&given))?;
         let below = real.strip_prefix(&self.root).ok().and_then(Path::to_str);
@@ -144,10 +165,7 @@ impl BuildContext {
         let (below, is_dir) = (below.to_owned(), real.is_dir());
         let mut entries = Vec::new();
         self.walk(&below, (&below, 0), &mut entries)?;
-        if entries.is_empty() {
-            return Err(Failure::input(anyhow!("{path:?} is left out by {IGNORE_FILE}")));
-        }
-        Ok(ContextSource { name: path.rsplit('/').next().unwrap_or_default().to_owned(), is_dir, entries })
+        Ok(ContextSource { name, is_dir, entries })
     }
 
     /// Adds an entry with its contents. `root` is the source.
@@ -272,6 +290,34 @@ mod tests {
         let (_dir, excepting) = context("*\n!src/deep\n");
         let all = below(&excepting, ".");
         assert_eq!(all, [":", ":src/deep", ":src/deep/x.log"]);
+    }
+
+    #[test]
+    fn a_pattern_takes_what_exceptions_leave() {
+        let (_dir, context) = context("*.txt\n!b.txt\n");
+        assert_eq!(below(&context, "*.txt"), ["b.txt:"]);
+        assert!(context.sources("a.txt").is_err());
+        let (_dir, allowing) = self::context("*\n!src/deep\n!b.txt\n");
+        assert_eq!(below(&allowing, "*"), ["b.txt:", "src:deep", "src:deep/x.log"]);
+    }
+
+    /// They may be another user's, or have names that are no text.
+    #[test]
+    fn a_pattern_reads_no_directory_that_it_cannot_match() {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+        let (dir, context) = context("data\n");
+        let unreadable = |name: &str| {
+            let place = dir.path().join("context").join(name);
+            fs::create_dir(&place).unwrap();
+            fs::write(place.join(OsStr::from_bytes(b"\xff")), "").unwrap();
+        };
+        unreadable("data");
+        assert_eq!(below(&context, "**/main"), ["main:"]);
+        assert_eq!(below(&context, "*.txt"), ["a.txt:", "b.txt:"]);
+        unreadable("other");
+        assert_eq!(below(&context, "*.txt"), ["a.txt:", "b.txt:"]);
+        assert!(context.sources("*/main").unwrap_err().to_string().contains("UTF-8"));
     }
 
     #[test]
