@@ -97,7 +97,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
         BenchRow::new(format!("write_siblings_{pages}"), "us", &prepared)
             .limit(OWNED, &owned)
             .against(WITHOUT, &never)
-            .target("ratio <= 0.33", |row| row.baseline_ratio() <= 0.33),
+            .target_ratio("ratio <= 0.33", |ratio| ratio <= 0.33),
         BenchRow::new(format!("write_siblings_{pages}_at_fork"), "us", &at_fork)
             .limit(OWNED, &owned)
             .against(WITHOUT, &never),

@@ -19,7 +19,7 @@ use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
 use crate::args::BenchArgs;
-use crate::bench::supervisor::{BenchSupervisor, available_kib, boot_request};
+use crate::bench::supervisor::{BenchSupervisor, boot_request, settled_kib};
 use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
 use crate::limit;
 use clade::{Failure, MEASURE, SPINNING};
@@ -227,12 +227,13 @@ impl Bench {
         let mut times = Times::default();
         self.supervisor.checkpoint("parent", "cp")?;
         for _ in 0..RUNS {
-            let free = available_kib();
+            let free = settled_kib();
             let (answer, took) = self.fork("checkpoints/cp", count)?;
             times.cold.push(took.as_secs_f64() * 1e3);
-            let used = free.saturating_sub(available_kib()) as f64 / count as f64;
+            let used = (free as f64 - settled_kib() as f64) / count as f64;
             let private = self.supervisor.private_kib(&answer.children)?;
-            times.kernel.push((used - private.spread().p50).max(0.0));
+            // Below zero where memory of earlier processes came back meanwhile: a sample of nothing.
+            times.kernel.push(used - private.spread().p50);
             times.private = private;
             self.stop(&answer.children)?;
 

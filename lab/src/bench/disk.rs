@@ -99,7 +99,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
     let row = |(kind, (ours, baseline)): (&DiskWorkload, &(Sample, Sample))| {
         BenchRow::new(kind.name, "MiB/s", ours)
             .against_limit("io_uring on the host", baseline)
-            .target("at least 80 % of the host's", |row| row.baseline_ratio() >= 0.8)
+            .target_ratio("at least 80 % of the host's", |ratio| ratio >= 0.8)
     };
     let mut rows: Vec<_> = KINDS.iter().zip(&samples).map(row).collect();
     rows.push(under_forks(context, &path, args.samples)?);
@@ -136,7 +136,7 @@ fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<BenchRo
     }
     Ok(BenchRow::new("disk_under_forks", "MiB/s", &ours)
         .against_limit("not forked", &baseline)
-        .target("at least 95 % of it", |row| row.baseline_ratio() >= 0.95))
+        .target_ratio("at least 95 % of it", |ratio| ratio >= 0.95))
 }
 
 /// The baseline: this process runs the same operations on the same file.

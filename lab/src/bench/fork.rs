@@ -195,7 +195,7 @@ impl OneSize<'_> {
             BenchRow::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
                 .limit("pages that it has mapped", &s.read_again)
                 .against(restore, &s.plain_read)
-                .target("ratio <= 0.05", |r| r.baseline_ratio() <= 0.05),
+                .target_ratio("ratio <= 0.05", |ratio| ratio <= 0.05),
         ];
         if self.timeline {
             rows.extend(

@@ -6,7 +6,6 @@
 //!
 //! The limit is as many processes made by fork, each with a VM that writes 256 KiB: cold, and with the VM made before.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_api::{ForkAnswer, ForkRequest, VmInfo};
@@ -17,14 +16,10 @@ use hyper::Method;
 
 use crate::args::BenchArgs;
 use crate::bench::clones::{COUNT, FEW, RUNS, beside_processes, push_limits};
-use crate::bench::supervisor::{BenchSupervisor, available_kib, boot_request};
+use crate::bench::supervisor::{BenchSupervisor, boot_request, settled_kib};
 use crate::bench::{BenchRow, Sample, label};
 use clade::{ANSWER_PAGES, ANSWER_SEED, ANSWERING, Failure, MEASURE};
 
-/// Checks of the available memory, the time from one to the next, and a difference that is none.
-const SETTLE_CHECKS: u32 = 40;
-const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
-const SETTLED_KIB: u64 = 512;
 const VM: &str = "parent";
 
 /// Figures of one number of children.
@@ -97,20 +92,6 @@ fn measure(count: usize, config: &VmConfig) -> Result<Figures, Failure> {
         push_limits(limits, count, config.layout().bytes(), ANSWER_PAGES)?;
     }
     Ok(figures)
-}
-
-/// Returns the host's available memory, once it no longer changes: memory of processes that have ended comes back late.
-fn settled_kib() -> u64 {
-    let mut last = available_kib();
-    for _ in 0..SETTLE_CHECKS {
-        thread::sleep(SETTLE_INTERVAL);
-        let now = available_kib();
-        if now.abs_diff(last) < SETTLED_KIB {
-            return now;
-        }
-        last = now;
-    }
-    last
 }
 
 /// A supervisor, and the parent that runs.

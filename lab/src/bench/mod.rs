@@ -107,17 +107,19 @@ impl BenchRow {
         self
     }
 
+    /// Sets a target of ours / baseline. Without a baseline nothing was compared.
+    pub(crate) fn target_ratio(mut self, text: &str, met: impl FnOnce(f64) -> bool) -> Self {
+        self.met = self.baseline_ratio.map(met);
+        self.target = Some(text.to_owned());
+        self
+    }
+
     pub(crate) fn p50(&self) -> f64 {
         self.ours.p50
     }
 
     pub(crate) fn p99(&self) -> f64 {
         self.ours.p99
-    }
-
-    /// ours / baseline.
-    pub(crate) fn baseline_ratio(&self) -> f64 {
-        self.baseline_ratio.unwrap_or(f64::NAN)
     }
 
     /// Returns the same figure under another name.

@@ -43,7 +43,7 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<BenchRow>, Fail
         }
     }
     rows.extend(read_pins(store, &ram, args.samples)?);
-    let beside = with_freezes(&ram, args.samples)?;
+    let beside = with_freezes(&ram)?;
     rows.push(BenchRow::new("pin_unpin_page_100_freezes_per_s", "ns", &beside));
     Ok(rows)
 }
@@ -132,7 +132,7 @@ fn on_threads(
 
 /// Every freeze shares the page again, so some pins must make it exclusive first. The p99 shows
 /// that cost.
-fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
+fn with_freezes(ram: &GuestRam) -> Result<Sample, Failure> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let freezer = scope.spawn(|| -> Result<(), Failure> {
@@ -146,7 +146,7 @@ fn with_freezes(ram: &GuestRam, samples: usize) -> Result<Sample, Failure> {
         let mut failed = Ok(());
         // Long enough for several freezes.
         let until = Instant::now() + FREEZE_PACE * 20;
-        while failed.is_ok() && (Instant::now() < until || samples == 0) {
+        while failed.is_ok() && Instant::now() < until {
             match pins(&ram.regions()[0], own_range(0, 1), Access::Write) {
                 Ok(value) => sample.push(value),
                 Err(error) => failed = Err(error),

@@ -21,6 +21,11 @@ use clade::{BARE, Failure, exit_on_signal, for_each};
 /// Time limit of the supervisor's start, and of a bench's waits for it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Checks of the available memory, the time from one to the next, and a difference that is none.
+const SETTLE_CHECKS: u32 = 40;
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+const SETTLED_KIB: u64 = 512;
+
 /// The session of the VMs.
 const SESSION: &str = "bench";
 
@@ -207,4 +212,18 @@ fn answers(dir: &Path) -> Result<(), Failure> {
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
+}
+
+/// Returns the host's available memory, once it no longer changes: memory of processes that have ended comes back late.
+pub(super) fn settled_kib() -> u64 {
+    let mut last = available_kib();
+    for _ in 0..SETTLE_CHECKS {
+        std::thread::sleep(SETTLE_INTERVAL);
+        let now = available_kib();
+        if now.abs_diff(last) < SETTLED_KIB {
+            return now;
+        }
+        last = now;
+    }
+    last
 }

@@ -20,8 +20,7 @@ use clade_vmm::vm::{Context, Vm, VmConfig};
 use hyper::Method;
 
 use crate::args::BenchArgs;
-use crate::bench::supervisor::available_kib;
-use crate::bench::supervisor::{BenchSupervisor, boot_request};
+use crate::bench::supervisor::{BenchSupervisor, boot_request, settled_kib};
 use crate::bench::{BenchRow, Sample, low_pages, written};
 use crate::limit::Limits;
 use clade::{Failure, MEASURE};
@@ -173,20 +172,6 @@ fn processes(config: &Arc<VmConfig>) -> Result<Vec<BenchRow>, Failure> {
         BenchRow::new("wake_api", "us", &wake),
         BenchRow::new("ten_vms_nine_suspended", "MiB", &one)
             .against("all ten in memory", &all)
-            .target("ratio <= 0.2", |row| row.baseline_ratio() <= 0.2),
+            .target_ratio("ratio <= 0.2", |ratio| ratio <= 0.2),
     ])
-}
-
-/// Returns the host's available memory, once two readings agree.
-fn settled_kib() -> u64 {
-    let mut last = available_kib();
-    for _ in 0..20 {
-        std::thread::sleep(Duration::from_millis(100));
-        let now = available_kib();
-        if now.abs_diff(last) < 512 {
-            return now;
-        }
-        last = now;
-    }
-    last
 }

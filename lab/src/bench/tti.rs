@@ -131,6 +131,14 @@ impl Times {
         }
     }
 
+    /// Refuses times of nothing: the bench has failed.
+    fn expect_answers(&self, name: &str) -> Result<(), Failure> {
+        if self.answers.is_empty() {
+            return Err(Failure::Run(anyhow!("{name}: none of {} sandboxes has answered", self.failed)));
+        }
+        Ok(())
+    }
+
     fn rows(&self, mode: Mode, way: Way, (name, baseline): (&'static str, &Sample)) -> [BenchRow; 2] {
         let mut failed = Sample::default();
         failed.push(self.failed as f64);
@@ -235,6 +243,7 @@ impl Bench {
         let all: Vec<clade_api::VmInfo> = self.supervisor.ask(Method::GET, "/v1/vms", None::<&()>)?;
         let names: Vec<String> = all.into_iter().map(|vm| vm.name).collect();
         self.supervisor.stop(&names, 0)?;
+        times.expect_answers(&mode.name(way))?;
         Ok(times)
     }
 
@@ -304,7 +313,7 @@ async fn one_native(client: &Client, checkpoint: &str, number: usize) -> anyhow:
     native(client, checkpoint, &name, 1).await?;
     check(&exec(client, &name, &SCRIPT).await?)?;
     let took = begun.elapsed();
-    clade_supervisor::stop(client, &name, clade_api::StopRequest::default()).await?;
+    expect_gone(clade_supervisor::stop(client, &name, clade_api::StopRequest::default()).await);
     Ok(took)
 }
 
@@ -317,6 +326,28 @@ async fn one_sandbox(api: &Api, parent: Option<&str>) -> anyhow::Result<Duration
     };
     check(&api.exec(&sandbox, &SCRIPT).await?)?;
     let took = begun.elapsed();
-    api.kill(&sandbox.id).await?;
+    expect_gone(api.kill(&sandbox.id).await);
     Ok(took)
+}
+
+/// Logs why a sandbox that has answered in time was not ended: [`Bench::measure`] ends all that are left.
+fn expect_gone<T, E: Into<anyhow::Error>>(ended: Result<T, E>) {
+    if let Err(error) = ended {
+        tracing::warn!(error = format!("{:#}", error.into()), "a sandbox that has answered stays");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_nothing_are_a_failure() {
+        let mut times = Times::default();
+        times.take(Err(anyhow!("late")));
+        let refused = times.expect_answers("fork_at_once_1").unwrap_err().to_string();
+        assert!(refused.contains("fork_at_once_1: none of 1 "), "{refused}");
+        times.take(Ok(Duration::from_millis(3)));
+        times.expect_answers("fork_at_once_1").unwrap();
+    }
 }
