@@ -82,7 +82,14 @@ pub fn checked(file: OwnedFd) -> io::Result<OwnedFd> {
 
 /// Has this process note events in `file` from now on. Later calls change nothing.
 pub fn install(file: OwnedFd) {
-    let _ = RECORDER.set(Recorder { file: file.into(), number: Mutex::new(1) });
+    if RECORDER.get().is_some() {
+        return;
+    }
+    let file = File::from(file);
+    // Takes its first page now: the first event is noted on the way to the guest's first instruction. The slot stays
+    // empty.
+    let _ = file.write_all_at(&[0], 0);
+    let _ = RECORDER.set(Recorder { file, number: Mutex::new(1) });
 }
 
 /// Notes an event of this process's VM. Does nothing in a process without a record.

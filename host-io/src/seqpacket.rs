@@ -52,6 +52,9 @@ pub fn send(socket: impl AsFd, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Re
     }
 }
 
+/// Most bytes of a message whose length is not asked for first.
+const SHORT: usize = 64;
+
 /// Receives a message of at most `most` bytes.
 ///
 /// # Errors
@@ -60,8 +63,9 @@ pub fn send(socket: impl AsFd, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Re
 pub fn receive(socket: impl AsFd, most: usize) -> io::Result<Message> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    // As long as the message: a buffer for the longest would be memory that is touched for nothing.
-    let mut bytes = vec![0; length(&socket)?.min(most)];
+    // As long as the message: a buffer for the longest would be memory that is touched for nothing. A short one costs
+    // less than the question.
+    let mut bytes = vec![0; if most <= SHORT { most } else { length(&socket)?.min(most) }];
     let received = loop {
         match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,

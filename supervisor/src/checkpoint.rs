@@ -130,8 +130,10 @@ impl Checkpoint {
         // Of nothing else: a lock or an interface would be held here beyond the end of its VM.
         parts.check_files()?;
         // The VM's process chose the instant of its image: the network may have been closed before that.
-        let now = VmRecord::read(dir, vm)?.filter(|now| now.process == vm_record.process);
-        vm_record.network = stricter(vm_record.network, now.and_then(|now| now.network));
+        if !vm_record.template.config.nets.is_empty() {
+            let now = VmRecord::read(dir, vm)?.filter(|now| now.process == vm_record.process);
+            vm_record.network = stricter(vm_record.network, now.and_then(|now| now.network));
+        }
         Ok(Self { line, ..Self::new(CheckpointOrigin::Vm(vm.to_owned()), vm_record, parts, forked) })
     }
 

@@ -37,7 +37,9 @@ pub(super) struct LaunchGuard<'a> {
 impl Drop for LaunchGuard<'_> {
     fn drop(&mut self) {
         let mut launching = self.of.launching.lock().unwrap_or_else(PoisonError::into_inner);
-        launching.retain(|name| !self.names.contains(name));
+        for name in &self.names {
+            launching.remove(name);
+        }
     }
 }
 

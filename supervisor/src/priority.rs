@@ -42,7 +42,6 @@
 
 mod threads;
 
-use std::fs;
 use std::io;
 use std::num::NonZero;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -54,6 +53,7 @@ use clade_host_io::realtime::Scheduling;
 use rustix::thread::gettid;
 
 use super::processes::ProcessId;
+use clade_worker::host_limits::runnable_threads;
 use threads::{Kind, Task, Thread, exists, thread_ids, threads_of};
 
 /// The longest time for which a process has real-time priority.
@@ -291,8 +291,7 @@ impl Shared {
 
     /// Returns whether more threads of the host want a processor than it has.
     fn is_busy(&self) -> bool {
-        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        runnable(&load).is_some_and(|runnable| runnable > self.processors)
+        runnable_threads().is_some_and(|runnable| runnable > self.processors as u64)
     }
 
     /// Ends raises by time, until the supervisor ends.
@@ -366,11 +365,6 @@ impl Drop for OwnRaise {
 fn refused(error: &io::Error) -> Ending {
     tracing::debug!(%error, "workers are not raised");
     Ending::Refused
-}
-
-/// Returns the number of runnable threads from the text of /proc/loadavg.
-fn runnable(load: &str) -> Option<usize> {
-    load.split(' ').nth(3)?.split_once('/')?.0.parse().ok()
 }
 
 #[cfg(test)]

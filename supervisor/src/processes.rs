@@ -4,8 +4,9 @@
 //! trusted. A process that has given its name back and does not end is killed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::fs;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -43,7 +44,10 @@ pub(super) struct ProcessId {
 impl ProcessId {
     /// Identifies the process that has the pid now, or returns None.
     pub(super) fn of(pid: u32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // In one read: the kernel makes all of the text for each.
+        let (mut bytes, file) = ([0; 1024], File::open(format!("/proc/{pid}/stat")).ok()?);
+        let read = file.read_at(&mut bytes, 0).ok()?;
+        let stat = String::from_utf8_lossy(&bytes[..read]);
         // Field 22; the second is the name, which may have spaces and parentheses.
         let started = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
         Some(Self { pid, started })
@@ -217,13 +221,13 @@ impl Processes {
 
     /// Adds processes of new VMs. Earlier VMs of their names have ended, though that may not be reported yet.
     pub(super) fn add(&self, vms: impl IntoIterator<Item = (u32, OwnVm)>) {
+        let vms: Vec<(u32, OwnVm)> = vms.into_iter().collect();
+        let names: HashSet<&str> = vms.iter().map(|(_, vm)| vm.name.as_str()).collect();
         let mut all = self.all();
-        for (pid, vm) in vms {
-            for earlier in all.values_mut().filter(|earlier| earlier.name == vm.name) {
-                earlier.given_back.get_or_insert_with(Instant::now);
-            }
-            all.insert(pid, vm);
+        for earlier in all.values_mut().filter(|earlier| names.contains(earlier.name.as_str())) {
+            earlier.given_back.get_or_insert_with(Instant::now);
         }
+        all.extend(vms);
     }
 
     /// Notes that `vm` has given its name back, also if an earlier supervisor has started it. Another VM

@@ -143,7 +143,6 @@ impl WorkerResources {
         resources.vm_record.write(claim)?;
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         resources.files.push(record);
-        resources.files.push(resources.flight.try_clone().map_err(failed)?);
         let command = live.map(|live| live.as_fd().try_clone_to_owned());
         resources.files.extend(command.transpose().map_err(failed)?);
         resources.files.extend(listeners);
@@ -239,7 +238,10 @@ impl WorkerResources {
 
     /// Returns the descriptors, behind the lock of `claim`.
     pub(super) fn files<'a>(&'a self, claim: &'a NameClaim) -> Vec<BorrowedFd<'a>> {
-        claim.lock().into_iter().chain(self.files.iter().map(AsFd::as_fd)).collect()
+        let mut files = self.files.iter().map(AsFd::as_fd);
+        // The record of its end, and then that of its flight.
+        let record = files.next();
+        claim.lock().into_iter().chain(record).chain([self.flight.as_fd()]).chain(files).collect()
     }
 
     /// Closes the descriptors: the worker has its own.

@@ -8,7 +8,8 @@
 use std::fs;
 use std::fs::File;
 use std::io::Read;
-use std::sync::LazyLock;
+use std::os::unix::fs::FileExt;
+use std::sync::{LazyLock, OnceLock};
 use std::thread;
 
 use clade_api::HostLimitError;
@@ -51,10 +52,39 @@ impl ResourceDemand {
     }
 }
 
-/// Reads a number from a file of the kernel in one call: the length of these files is unknown.
-fn number(path: &str) -> Option<u64> {
-    first_line(path)?.trim().parse().ok()
+/// A file of the kernel, which makes the text anew for each read from the beginning. It stays open: a fork reads
+/// several, and to open one takes longer than to read it.
+struct KernelFile {
+    path: &'static str,
+    file: OnceLock<File>,
 }
+
+impl KernelFile {
+    const fn new(path: &'static str) -> Self {
+        Self { path, file: OnceLock::new() }
+    }
+
+    /// The beginning of the text.
+    fn read(&self) -> Option<String> {
+        let mut bytes = [0; 256];
+        let file = match self.file.get() {
+            Some(file) => file,
+            None => {
+                let opened = File::open(self.path).ok()?;
+                self.file.get_or_init(|| opened)
+            }
+        };
+        let read = file.read_at(&mut bytes, 0).ok()?;
+        Some(str::from_utf8(&bytes[..read]).ok()?.to_owned())
+    }
+}
+
+static MEMORY: KernelFile = KernelFile::new("/proc/meminfo");
+static LOAD: KernelFile = KernelFile::new("/proc/loadavg");
+static THREAD_LIMITS: [(&str, KernelFile); 2] = [
+    ("kernel.threads-max", KernelFile::new("/proc/sys/kernel/threads-max")),
+    ("kernel.pid_max", KernelFile::new("/proc/sys/kernel/pid_max")),
+];
 
 /// The first line of a short file.
 fn first_line(path: &str) -> Option<String> {
@@ -109,7 +139,8 @@ fn check_share_of(
 
 /// The host's memory and the part that is available, in MiB.
 fn mib_of_memory() -> Option<(u64, u64)> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    // Both are in its first three lines.
+    let text = MEMORY.read()?;
     let mib = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;
         Some(line.trim_start_matches(':').trim().split(' ').next()?.parse::<u64>().ok()? >> 10)
@@ -143,13 +174,14 @@ fn count_of(ranges: &str) -> Option<u64> {
 }
 
 /// The host's runnable threads.
-pub(crate) fn runnable_threads() -> Option<u64> {
+#[must_use]
+pub fn runnable_threads() -> Option<u64> {
     threads_of_host().map(|(runnable, _)| runnable)
 }
 
 /// The host's runnable threads, and all of them: the fourth field of `/proc/loadavg`.
 fn threads_of_host() -> Option<(u64, u64)> {
-    let loads = first_line("/proc/loadavg")?;
+    let loads = LOAD.read()?;
     let (runnable, all) = loads.split(' ').nth(3)?.split_once('/')?;
     Some((runnable.parse().ok()?, all.parse().ok()?))
 }
@@ -178,10 +210,8 @@ pub fn check_host_limits(count: usize, demand: ResourceDemand) -> Result<(), Hos
     }
     if let Some((_, threads)) = threads_of_host() {
         let used = threads + SPARE_THREADS;
-        for (setting, path) in
-            [("kernel.threads-max", "/proc/sys/kernel/threads-max"), ("kernel.pid_max", "/proc/sys/kernel/pid_max")]
-        {
-            if let Some(limit) = number(path) {
+        for (setting, file) in &THREAD_LIMITS {
+            if let Some(limit) = file.read().and_then(|text| text.trim().parse().ok()) {
                 compare("threads", setting, limit, used, count.saturating_mul(demand.threads))?;
             }
         }
@@ -192,6 +222,18 @@ pub fn check_host_limits(count: usize, demand: ResourceDemand) -> Result<(), Hos
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_of_the_kernel_is_read_anew_each_time() {
+        let uptime = KernelFile::new("/proc/uptime");
+        let first = uptime.read().unwrap();
+        clade_test_support::wait_until("another uptime", || uptime.read().unwrap() != first);
+        assert!(runnable_threads().unwrap() > 0, "this thread is one");
+        for (_, file) in &THREAD_LIMITS {
+            assert!(file.read().unwrap().trim().parse::<u64>().unwrap() > 0);
+        }
+        assert_eq!(KernelFile::new("/proc/no such file").read(), None);
+    }
 
     #[test]
     fn processors_are_counted_by_their_ranges() {

@@ -78,7 +78,7 @@ pub use parent_death::PARENT_DEATH_EXIT;
 pub(crate) use process::WorkerProcess;
 pub use process::{BeforeTheyRun, DetachedParts, Worker, has_ended};
 pub use save::{WriteSnapshotRequest, written_beside};
-pub use serve::{Served, serve};
+pub use serve::{Served, WorkerHooks, serve};
 pub use template::VmTemplate;
 pub use workers::Workers;
 

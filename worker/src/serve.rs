@@ -45,9 +45,24 @@ pub struct Served {
     pub parent_death: Option<ParentDeath>,
 }
 
+/// Steps of the process beside its VM.
+#[derive(Clone, Copy)]
+pub struct WorkerHooks<'a> {
+    /// Called once the worker is prepared for a VM, which may be long before there is one.
+    pub prepared: &'a dyn Fn() -> io::Result<()>,
+    /// Called when the VM has a name, before the VM is made.
+    pub before_it_runs: &'a dyn Fn() -> io::Result<()>,
+}
+
+impl std::fmt::Debug for WorkerHooks<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WorkerHooks")
+    }
+}
+
 /// Carries out the requests of the process behind `socket`, until there is a VM, in a VM host of
 /// its own that `runtime` serves. Returns once the VM runs, or with `None` if the starter no longer
-/// wants one. Calls `before_it_runs` when its VM has a name, before it is made.
+/// wants one.
 ///
 /// # Errors
 /// When the VM cannot be made. The other process gets the error too.
@@ -57,9 +72,9 @@ pub fn serve(
     socket: &OwnedFd,
     runtime: &Handle,
     program: &Program,
-    before_it_runs: &dyn Fn() -> io::Result<()>,
+    hooks: WorkerHooks<'_>,
 ) -> Result<Option<Served>, DaemonError> {
-    let launcher = VmLauncher { context, confined, socket, runtime, program, before_it_runs };
+    let launcher = VmLauncher { context, confined, socket, runtime, program, hooks };
     loop {
         let (request, files) = match receive(socket) {
             // The worker waited in a pool, and its starter has gone.
@@ -71,6 +86,7 @@ pub fn serve(
             WorkerRequest::Confine(_) => Err(failed(io::Error::other("a second request to confine the worker"))),
             WorkerRequest::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
                 Ok(()) => {
+                    (hooks.prepared)().map_err(failed)?;
                     touch_ahead();
                     send(socket, &WorkerAnswer::Ready, &[]).map_err(failed)?;
                     continue;
@@ -145,7 +161,7 @@ struct VmLauncher<'a> {
     socket: &'a OwnedFd,
     runtime: &'a Handle,
     program: &'a Program,
-    before_it_runs: &'a dyn Fn() -> io::Result<()>,
+    hooks: WorkerHooks<'a>,
 }
 
 impl VmLauncher<'_> {
@@ -176,7 +192,7 @@ impl VmLauncher<'_> {
         // Preparations without the image come first: the parent may still be forked.
         let vm_host = serve_vm(self.context, self.runtime);
         let (claim, files, ends, parent_death) = claimed(self.confined, &name, passed_fds, files, self.runtime)?;
-        (self.before_it_runs)().map_err(failed)?;
+        (self.hooks.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
         let (Inherited { labels, secrets, withhold, ahead }, files_ahead) = match receive(self.socket) {
             Ok(inherited) => inherited,
@@ -264,7 +280,7 @@ impl VmLauncher<'_> {
         } = request;
         let vm_host = serve_vm(self.context, self.runtime);
         let (claim, files, ends, parent_death) = claimed(self.confined, &name, passed_fds, files, self.runtime)?;
-        (self.before_it_runs)().map_err(failed)?;
+        (self.hooks.before_it_runs)().map_err(failed)?;
         let source =
             BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(BootImage::File), cmdline };
         let config = Arc::new(config);

@@ -208,7 +208,8 @@ impl RuntimeDir {
         if !found.is_file() || found.len() > MAX_FILE {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no small file"));
         }
-        let mut bytes = Vec::new();
+        // With room for one byte more: the second read finds the end.
+        let mut bytes = Vec::with_capacity(found.len() as usize + 1);
         opened.take(MAX_FILE).read_to_end(&mut bytes)?;
         Ok(Some(bytes))
     }

@@ -15,6 +15,9 @@ use crate::commands::terminal;
 /// background).
 const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
+/// In place of a signal's number: any signal ends the process at once.
+const AT_ONCE: i32 = -1;
+
 /// Whether the process must end, and by which signal.
 #[derive(Clone, Debug)]
 pub(super) struct ShutdownSignal(Arc<AtomicI32>, watch::Receiver<bool>);
@@ -22,8 +25,15 @@ pub(super) struct ShutdownSignal(Arc<AtomicI32>, watch::Receiver<bool>);
 impl ShutdownSignal {
     /// Starts to listen. The first signal is only recorded; a second one ends the process at once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
+        let signal = Self::prepare(runtime)?;
+        signal.record();
+        Ok(signal)
+    }
+
+    /// Starts to listen. Each signal ends the process at once, until [`Self::record`].
+    pub(super) fn prepare(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;
-        let (first, (came, coming)) = (Arc::new(AtomicI32::new(0)), watch::channel(false));
+        let (first, (came, coming)) = (Arc::new(AtomicI32::new(AT_ONCE)), watch::channel(false));
         let _entered = runtime.enter();
         for number in SIGNALS.map(Signal::as_raw).into_iter().filter(|number| ignored >> (number - 1) & 1 == 0) {
             let mut arrivals = signal(SignalKind::from_raw(number))?;
@@ -44,6 +54,12 @@ impl ShutdownSignal {
         Ok(Self(first, coming))
     }
 
+    /// Has the next signal only recorded.
+    pub(super) fn record(&self) {
+        // Relaxed, and no failure: as where a signal is recorded. One that has come before ends the process.
+        let _ = self.0.compare_exchange(AT_ONCE, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
     /// Returns once a signal has come.
     pub(super) async fn wait(&self) {
         // Without a sender there is no signal that could come.
@@ -54,7 +70,7 @@ impl ShutdownSignal {
 
     /// Returns the first signal, if one has come.
     pub(super) fn signal(&self) -> Option<i32> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|number| *number != 0)
+        Some(self.0.load(Ordering::Relaxed)).filter(|number| *number > 0)
     }
 }
 

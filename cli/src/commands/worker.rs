@@ -18,7 +18,7 @@ use clade_memory::{GuestRam, HugeTmpfs};
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{Context, Vm};
 use clade_worker::vm_host::VmHost;
-use clade_worker::{Program, Served, UNMERGED};
+use clade_worker::{Program, Served, UNMERGED, WorkerHooks};
 
 /// The interval at which the end of the VM is polled.
 const TURN: Duration = Duration::from_millis(200);
@@ -77,10 +77,17 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
                 program.said = Some(if spins { spin } else { pause });
             }
         }
-        // Until then a signal ends the process at once, and its starter clears up.
         let shutdown = OnceCell::new();
-        let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
-        let served = clade_worker::serve(context, &confined, &socket, runtime, &program, &listen);
+        let signals = || match shutdown.get() {
+            Some(signal) => Ok(signal),
+            None => ShutdownSignal::prepare(runtime).map(|signal| shutdown.get_or_init(|| signal)),
+        };
+        // Until the second a signal ends the process at once, and its starter clears up.
+        let hooks = WorkerHooks {
+            prepared: &|| signals().map(drop),
+            before_it_runs: &|| signals().map(ShutdownSignal::record),
+        };
+        let served = clade_worker::serve(context, &confined, &socket, runtime, &program, hooks);
         // The starter got the error.
         let served = served.inspect_err(|error| tracing::debug!(%error, "no VM")).ok().flatten();
         let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };

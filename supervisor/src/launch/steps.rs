@@ -150,11 +150,13 @@ impl Supervisor {
         // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
         let vms = workers.0.iter().zip(&mut all_resources).zip(groups).zip(notes);
-        for (((worker, resources), group), note) in vms {
+        let own_vm = |(((worker, resources), group), note): (((&Worker, &mut WorkerResources), _), Note)| {
             resources.hold_interfaces(&self.0.interfaces, worker)?;
             let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
-            self.0.processes.add([(worker.pid(), resources.own_vm(process, group).noting(note))]);
-        }
+            Ok((worker.pid(), resources.own_vm(process, group).noting(note)))
+        };
+        // All or none.
+        self.0.processes.add(vms.map(own_vm).collect::<Result<Vec<_>, DaemonError>>()?);
         let settle = |made: &[ReportedVm]| {
             let mut vms = all_resources.iter().zip(made);
             vms.try_for_each(|(resources, vm)| resources.settle_network(vm.network, confinement))

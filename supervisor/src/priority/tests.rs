@@ -32,7 +32,7 @@ impl Idle {
         let mut args = program.iter().map(AsRef::as_ref).chain([sleep.as_os_str(), "3600".as_ref()]);
         let process = Command::new(args.next().unwrap()).args(args).spawn().unwrap();
         let idle = Self(process);
-        let name = || fs::read_to_string(format!("/proc/{}/comm", idle.0.id())).unwrap();
+        let name = || std::fs::read_to_string(format!("/proc/{}/comm", idle.0.id())).unwrap();
         wait_until("the program", || name().trim_end() == thread);
         idle
     }
@@ -105,15 +105,6 @@ fn nothing_is_raised_on_a_host_with_a_processor_for_each_thread() {
     wait_until("the thread that ends raises", || priority.0.state().ending == Ending::Waits);
     assert!(priority.raise(image.process(), || ()).1.is_none());
     assert!(priority.raise_start(vcpu.process()).is_none());
-}
-
-#[test]
-fn the_runnable_threads_are_read_from_the_load() {
-    assert_eq!(runnable("0.76 0.97 0.91 12/81 5223\n"), Some(12));
-    assert_eq!(runnable(""), None);
-    let load = fs::read_to_string("/proc/loadavg").unwrap();
-    // This thread is one.
-    assert!(runnable(&load).unwrap() > 0, "{load}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs;
+use std::sync::LazyLock;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
@@ -147,10 +148,10 @@ fn words(cpuid: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
     let named = features().map(|feature| (feature.leaf, feature.subleaf, feature.reg, u32::MAX));
     for (leaf, subleaf, register, compared) in named.chain(NAMELESS) {
         let known = |word: &FeatureWord| (word.leaf, word.subleaf, word.register) == (leaf, subleaf, register);
-        let Some(entry) = cpuid.iter().find(|e| (e.function, e.index) == (leaf, subleaf)) else { continue };
         if all.iter().any(known) {
             continue;
         }
+        let Some(entry) = cpuid.iter().find(|e| (e.function, e.index) == (leaf, subleaf)) else { continue };
         let bits = match register {
             Reg::Eax => entry.eax,
             Reg::Ebx => entry.ebx,
@@ -184,13 +185,15 @@ impl HostRequirements {
     #[must_use]
     pub fn of(cpuid: &[kvm_cpuid_entry2], tsc_khz: Option<u32>, arch_capabilities: Option<u64>) -> Self {
         let addresses = cpuid.iter().find(|e| e.function == 0x8000_0008);
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        // Read once: by `Context::warm_up` in a zygote, for its workers, which may not read the file.
+        static KERNEL: LazyLock<String> =
+            LazyLock::new(|| fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned());
         Self {
             clade: env!("CARGO_PKG_VERSION").to_owned(),
             vendor: vendor(cpuid),
             features: words(cpuid),
             tsc_khz,
-            kernel: kernel.trim().to_owned(),
+            kernel: KERNEL.clone(),
             xsave: components(cpuid),
             arch_capabilities,
             physical_bits: addresses.map(|e| e.eax as u8).filter(|bits| *bits > 0),

@@ -218,19 +218,29 @@ impl ForkImage {
         backends: Vec<Backend>,
     ) -> Result<Self, SavedError> {
         let sections: Vec<(&str, &[u8])> = sections.into_iter().collect();
-        let config: VmConfig = read_small(&sections, CONFIG)?;
+        let config = read_small(&sections, CONFIG)?;
+        Self::with_config(config, &sections, ram, backends)
+    }
+
+    /// The same for a configuration that was read from these sections before ([`config`]).
+    pub(crate) fn with_config(
+        config: VmConfig,
+        sections: &[(&str, &[u8])],
+        ram: RamImage,
+        backends: Vec<Backend>,
+    ) -> Result<Self, SavedError> {
         check_config(&config, &ram)?;
-        let Vcpus(vcpus) = read(&sections, VCPUS)?;
+        let Vcpus(vcpus) = read(sections, VCPUS)?;
         check_vcpus(&config, &vcpus)?;
-        let vm: PlatformState = read(&sections, VM)?;
+        let vm: PlatformState = read(sections, VM)?;
         let (found, wanted) = (vm.chips(), config.chips());
         if found != Some(wanted) {
             let found = found.map_or_else(|| "a PIT alone".to_owned(), |chips| format!("{chips:?}"));
             return Err(SavedError::Chips { section: VM, found, wanted: format!("{wanted:?}") });
         }
-        let devices: DevicesState = read(&sections, DEVICES)?;
+        let devices: DevicesState = read(sections, DEVICES)?;
         check_devices(&config, &devices, &backends)?;
-        let SavedIdentity { identity, generation } = read_small(&sections, IDENTITY)?;
+        let SavedIdentity { identity, generation } = read_small(sections, IDENTITY)?;
         let count = |what: &str, found: usize, wanted: usize| expect(IDENTITY, what, found as u64, wanted as u64);
         count("network devices", identity.nets.len(), config.nets.len())?;
         count("socket devices", usize::from(identity.vsock.is_some()), usize::from(config.vsock.is_some()))?;

@@ -231,7 +231,7 @@ impl ForkImage {
         let mut files = Received::new(files);
         let ram = ram(context.store(), &description, &mut files, shared)?;
         let backends = disks(&config, &description.disks, overlays, &mut files, shared)?;
-        Ok(Arc::new(Self::from_sections(saved, ram, backends)?))
+        Ok(Arc::new(Self::with_config(config, &saved, ram, backends)?))
     }
 }
 
