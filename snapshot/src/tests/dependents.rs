@@ -268,6 +268,18 @@ fn a_note_that_another_save_makes_meanwhile_stays() {
     assert!(matches!(scene.replace(&FileOps::default()), Err(Error::Needed { .. })));
 }
 
+/// A part of a path may be another directory's.
+#[test]
+fn a_note_that_cannot_be_written_leaves_no_part_of_it() {
+    let scene = Scene::new();
+    let plan = Plan::hooked(|op, path| {
+        let is_note = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NEEDED_BY));
+        if op == FileOp::Write && is_note { Err(Errno::NOSPC.into()) } else { Ok(()) }
+    });
+    scene.depend(&FileOps { plan: Some(Arc::new(plan)) }).unwrap_err();
+    assert_eq!(scene.notes(), [""; 0]);
+}
+
 /// Another save to the same path has found the note before its writer fails to make it durable.
 #[test]
 fn a_note_that_another_save_relies_on_stays_when_its_sync_fails() {

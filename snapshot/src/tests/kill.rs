@@ -71,15 +71,38 @@ fn threadless() {
     let at = Path::new(&dir);
     let store = Store::open_small().unwrap();
     let ram = born(&layout(), &store);
-    put(&ram, 2, 2);
+    // In several chunks, which threads share.
+    [2, 3, 60, 100, 150].into_iter().for_each(|page| put(&ram, page, page as u8));
     let packed = Saving { compression: Compression::Zstd, ..Saving::default() };
     packed.save(&freeze(&ram), &at.join("packed")).unwrap();
     let hard = getrlimit(Resource::Nproc).maximum;
-    setrlimit(Resource::Nproc, Rlimit { current: Some(1), maximum: hard }).unwrap();
-    assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "the limit is not there");
+    let limit = |threads| setrlimit(Resource::Nproc, Rlimit { current: Some(threads), maximum: hard }).unwrap();
+    let spawn = || std::thread::Builder::new().spawn(std::thread::park);
+    // A thread counts until its directory has gone, which is after its join.
+    let tasks = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    let own = tasks();
+    // Measures the host, by a thread: not under the limit.
+    let _measured = clade_test_support::Patience::default();
+    // The thread that writes, and none that compresses.
+    let one_more = (1..100).find(|threads| {
+        limit(*threads);
+        let further = spawn().ok().map(|thread| (spawn().is_err(), thread));
+        further.is_some_and(|(is_last, thread)| {
+            thread.thread().unpark();
+            thread.join().unwrap();
+            clade_test_support::wait_until("the end of the thread", || tasks() == own);
+            is_last
+        })
+    });
+    let one_more = one_more.expect("a number of threads that leaves one");
+    packed.save(&freeze(&ram), &at.join("alone")).unwrap();
+    let alone = Snapshot::open(&at.join("alone"), &ParentDirs::siblings()).unwrap();
+    assert_eq!(contents(&child(&alone.restore_ram(&store, &Load::Lazy).unwrap(), &store)), contents(&ram));
+    limit(one_more - 1);
+    assert!(spawn().is_err(), "the limit is not there");
     let refused = packed.save(&freeze(&ram), &at.join("new")).unwrap_err();
     assert!(refused.to_string().contains("written by a thread of its own"), "{refused}");
-    assert_eq!(names(at), ["packed"], "nothing is left beside it");
+    assert_eq!(names(at), ["alone", "packed"], "nothing is left beside it");
     // What one thread can do as well is done.
     let snapshot = Snapshot::open(&at.join("packed"), &ParentDirs::siblings()).unwrap();
     let image = snapshot.restore_ram(&store, &Load::Preload).unwrap();
