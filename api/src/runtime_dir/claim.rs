@@ -12,7 +12,6 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, statat};
-use rustix::io::Errno;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_peercred;
 
@@ -162,19 +161,10 @@ impl NameClaim {
             .collect::<Result<_, DaemonError>>()?;
         sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
         let file = format!("{}.{END}", self.name);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let create = || openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
-        let record = match create() {
-            // Not the file of an earlier VM, whose process may have it open.
-            Err(Errno::EXIST) => {
-                self.dir.forget(&file);
-                create()
-            }
-            created => created,
-        };
-        let record =
-            record.map_err(|error| DaemonError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
-        Ok((sockets, record))
+        // Not the file of an earlier VM, whose process may have it open.
+        let record = self.dir.make(&file);
+        let record = record.map_err(|source| DaemonError::Runtime { path: self.dir.path.join(file), source })?;
+        Ok((sockets, record.into()))
     }
 
     /// The runtime directory.

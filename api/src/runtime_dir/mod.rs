@@ -214,21 +214,27 @@ impl RuntimeDir {
         Ok(Some(bytes))
     }
 
-    /// Writes a file for this user alone (mode 0600), whole or not at all.
-    pub fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
-        let aside = format!(".{file}.new");
+    /// Makes an empty file for this user alone (mode 0600), in place of one that is there.
+    fn make(&self, file: &str) -> io::Result<File> {
         let create = || {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(&self.fd, &*aside, flags, Mode::RUSR | Mode::WUSR)
+            openat(&self.fd, file, flags, Mode::RUSR | Mode::WUSR)
         };
-        // A process that was killed may have left one: seldom, so it is not looked for first.
-        let mut opened = File::from(match create() {
+        // A process that was killed may have left one: seldom, so it is not looked for first. It is not opened: that
+        // process may have it open still.
+        Ok(File::from(match create() {
             Err(Errno::EXIST) => {
-                self.remove(&aside)?;
+                self.remove(file)?;
                 create()?
             }
             created => created?,
-        });
+        }))
+    }
+
+    /// Writes a file for this user alone (mode 0600), whole or not at all.
+    pub fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
+        let aside = format!(".{file}.new");
+        let mut opened = self.make(&aside)?;
         let written = opened.write_all(bytes);
         let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.fd, &*aside, &self.fd, file)?));
         renamed.inspect_err(|_| drop(self.remove(&aside)))
