@@ -133,6 +133,7 @@ impl Store {
         config: Config,
     ) -> Result<Self, StoreError> {
         let pagemap = Pagemap::open().map_err(StoreError::Pagemap)?;
+        do_not_merge_pages();
         let live_layers = Arc::default();
         Ok(Self(Arc::new(Inner {
             huge,
@@ -422,9 +423,35 @@ impl Store {
     }
 }
 
+/// Has KSM merge no memory of this process, where its parent chose otherwise for all its children: merged pages of zeros
+/// become the zero page, and the pagemap no longer shows that a mapping owns them.
+fn do_not_merge_pages() {
+    // SAFETY: this request takes integers alone.
+    if unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, 0, 0, 0, 0) } < 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!(%error, "this kernel merges no pages of whole processes");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_with_a_store_lets_no_pages_be_merged() {
+        let merges = |set: Option<libc::c_ulong>| match set {
+            // SAFETY: both requests take integers alone.
+            Some(set) => unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, set, 0, 0, 0) },
+            // SAFETY: as above.
+            None => unsafe { libc::prctl(libc::PR_GET_MEMORY_MERGE, 0, 0, 0, 0) },
+        };
+        if merges(Some(1)) < 0 {
+            clade_test_support::skipped("this kernel has no KSM for processes");
+            return;
+        }
+        let _store = Store::open_small().unwrap();
+        assert_eq!(merges(None), 0);
+    }
 
     /// Tests count descriptors after this: a file that a task keeps afterwards would be counted as a leak.
     #[test]

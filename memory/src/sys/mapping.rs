@@ -285,6 +285,7 @@ impl Reservation {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: as in `map`.
         self.place(range, |how| Ok(unsafe { mmap_anonymous(at, range.bytes(), RAM_PROT, flags | how) }?))?;
+        self.do_not_merge(range);
         self.do_not_fork(range);
         trace!(Zero { at: self.at(), range });
         Ok(())
@@ -299,6 +300,17 @@ impl Reservation {
         // SAFETY: this changes the copies made by a fork, not the memory.
         if let Err(error) = unsafe { madvise(at, range.bytes(), Advice::LinuxDontFork) } {
             tracing::debug!(%error, %range, "a process that is forked inherits guest memory");
+        }
+    }
+
+    /// Excludes `range`, which is anonymous, from huge pages. When Linux 6.12 or later splits one, it replaces those of
+    /// its small pages that hold zeros by the zero page: the pagemap would no longer show that this mapping owns them,
+    /// and older bytes would be read from the layers. Fails only on kernels without huge pages.
+    fn do_not_merge(&self, range: PageRange) {
+        let at = self.addr(range.start).cast();
+        // SAFETY: this changes the size of the pages that hold the memory, not the memory.
+        if let Err(error) = unsafe { madvise(at, range.bytes(), Advice::LinuxNoHugepage) } {
+            tracing::debug!(%error, %range, "guest memory may be in huge pages");
         }
     }
 

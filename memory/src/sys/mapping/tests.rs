@@ -23,6 +23,23 @@ fn there(at: &Reservation) -> u64 {
     (bytes.sum::<usize>() >> PAGE_SHIFT) as u64
 }
 
+/// Whether the kernel may put `page` into a huge page, as /proc/self/smaps has it.
+fn may_be_huge(at: &Reservation, page: u64) -> bool {
+    let addr = at.addr(page) as usize;
+    let smaps = read_to_string("/proc/self/smaps").unwrap();
+    let mut is_its = false;
+    for line in smaps.lines() {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let ends = range.map(|(start, end)| [start, end].map(|at| usize::from_str_radix(at, 16)));
+        if let Some([Ok(start), Ok(end)]) = ends {
+            is_its = (start..end).contains(&addr);
+        } else if is_its && let Some(flags) = line.strip_prefix("VmFlags:") {
+            return !flags.split_whitespace().any(|flag| flag == "nh");
+        }
+    }
+    panic!("page {page} is not mapped");
+}
+
 fn first_byte(at: &Reservation, page: u64) -> u8 {
     // SAFETY: the caller has mapped the page for reading.
     unsafe { at.addr(page).read_volatile() }
@@ -146,4 +163,20 @@ fn a_mapping_that_fails_half_way_leaves_no_address_to_others() {
     assert_eq!([2, 7].map(|page| first_byte(&at, page)), [2, 7]);
     at.map_zero(PageRange::new(3, 7)).unwrap();
     assert!(at.is_torn(), "its bytes are lost");
+}
+
+/// Linux replaces zeros by the zero page when it splits a huge page, and the pagemap then shows none of this mapping's own.
+#[test]
+fn anonymous_guest_memory_is_never_in_huge_pages() {
+    if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        clade_test_support::skipped("this kernel has no huge pages");
+        return;
+    }
+    let (at, file) = (vacant(), file());
+    at.map_zero(PageRange::new(0, 512)).unwrap();
+    at.map_private(PageRange::new(512, 600), file.as_fd(), 512).unwrap();
+    at.replace_private(PageRange::new(520, 530), file.as_fd(), 0).unwrap();
+    assert!(!may_be_huge(&at, 0) && !may_be_huge(&at, 520));
+    // A private page of a file is small without it.
+    assert!(may_be_huge(&at, 512));
 }
