@@ -173,8 +173,23 @@ impl Disk {
         self.requests.insert_later(Job::new(token, start, end - start, JobKind::Write(zeros)));
     }
 
+    /// Whether the kernel has lost writes to a file that the job has read clusters from. It may have given back their older
+    /// bytes while it read: those would be made durable in another file.
+    fn has_read_lost(&self, job: &Job) -> bool {
+        let edges = [&job.edges.head, &job.edges.tail];
+        let clusters = match &job.work {
+            JobKind::Move(_) => vec![job.clusters()],
+            _ => edges.into_iter().flatten().map(|edge| edge.cluster..edge.cluster + 1).collect(),
+        };
+        let mut sources = clusters.into_iter().flat_map(|clusters| self.chain.map().pieces(clusters));
+        sources.any(|(_, source)| matches!(source, ClusterSource::File(file) if file.has_lost_writes()))
+    }
+
     /// Continues a job when the engine has completed all its operations.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
+        if matches!(job.stage, JobStage::RmwEdges) && self.has_read_lost(job) {
+            self.durability.set_lost();
+        }
         let next = match (&job.work, &job.stage) {
             (JobKind::Write(_) | JobKind::Move(_), JobStage::RmwEdges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.chain.active()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));

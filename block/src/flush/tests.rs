@@ -3,6 +3,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clade_host_io::Gate;
+
 use super::*;
 use crate::steps_trace::testing::{fail_syncs_of, traced};
 use crate::testutil::{SOON, begin_write, finish, read, write};
@@ -103,6 +105,31 @@ fn no_flush_succeeds_after_a_copy_has_found_a_loss() {
             assert!(flushed.is_err(), "forked: {is_forked}, flushed: {is_flushed}, frozen: {is_frozen}");
             assert!(disk.health().lost && (is_forked || syncs(&steps) == 0), "{steps:?}");
         }
+    }
+}
+
+/// The rest of a cluster that is written in part is read from a file whose writeback fails meanwhile. The file is not in
+/// the disk's map afterwards.
+#[test]
+fn no_flush_succeeds_after_the_rest_of_a_cluster_was_lost_while_it_was_read() {
+    for is_lost in [true, false] {
+        let bench = Bench::new();
+        let mut disk = bench.open();
+        drop(disk.fork());
+        write(&mut disk, 0, &[2; 4096]);
+        drop(disk.fork());
+        let crate::map::ClusterSource::File(file) = disk.chain.map().at(0) else { panic!("no file") };
+        let gate = Gate::close(bench.dir.path()).unwrap();
+        begin_write(&mut disk, 512, &[3; 512], 1);
+        disk.kick().unwrap();
+        if is_lost {
+            file.note_lost_writes();
+        }
+        gate.open();
+        settle(&mut disk);
+        assert!(!disk.chain.map().pieces(0..SIZE / CLUSTER).any(|(_, source)| source.is(&file)));
+        assert_eq!(disk.flush_now().is_err(), is_lost);
+        assert_eq!(disk.health().lost, is_lost);
     }
 }
 
