@@ -237,7 +237,8 @@ fn ephemeral_disks_of_one_image_are_written_apart_and_leave_it_as_it_is() {
     let vm = parent.vm();
     vm.stop();
     wait_for("the end of its threads", || vm.wait(Duration::ZERO));
-    let commits: Vec<_> = vm.take_disks().into_iter().map(|disk| disk.commit().map_err(|failed| failed.1)).collect();
+    let commits: Vec<_> =
+        vm.take_disks().disks.into_iter().map(|disk| disk.commit().map_err(|failed| failed.1)).collect();
     assert!(matches!(commits.as_slice(), [Err(CommitError::ReadOnly { .. })]), "{commits:?}");
     drop(guests);
     assert!(file.bytes() == words(1, 0, BYTES));
@@ -313,9 +314,9 @@ fn an_overlay_goes_back_to_its_base_when_nobody_else_uses_it() {
     let mut want = words(1, 0, BYTES);
     want[..80 * 512].copy_from_slice(&words(2, 0, 80 * 512));
     assert!(file.bytes() == want, "the base has what was written before the fork, and no more");
-    assert!(parent.vm().take_disks().is_empty(), "a running VM keeps its disks");
+    assert!(parent.vm().take_disks().disks.is_empty(), "a running VM keeps its disks");
     parent.vm().stop();
-    let disk = parent.vm().take_disks().pop().unwrap();
+    let disk = parent.vm().take_disks().disks.pop().unwrap();
     let (disk, error) = *disk.commit().unwrap_err();
     assert!(matches!(error, CommitError::Shared { others: 1, .. }), "{error}");
     drop(image);

@@ -285,7 +285,7 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     parent.expect(DiskGuest::whole(What::Verify, SECTORS / 2, 3), "its own");
     // Writes in overlays stay there: the other process reads the image.
     parent.vm().stop();
-    for disk in parent.vm().take_disks() {
+    for disk in parent.vm().take_disks().disks {
         let (_, refused) = *disk.commit().unwrap_err();
         assert!(matches!(refused, CommitError::Shared { others: 1, .. }), "{refused}");
     }
@@ -318,7 +318,7 @@ fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
             })
             .collect();
         parent.vm().stop();
-        let disks = parent.vm().take_disks();
+        let disks = parent.vm().take_disks().disks;
         drop(parent);
         drop(parts);
         while leases.count() > 0 {

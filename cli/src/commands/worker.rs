@@ -120,19 +120,52 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     if let Some(ahead) = ahead {
         ahead.end(&vm);
     }
-    let disks = if was_booted { vm.take_disks() } else { Vec::new() };
+    let (disks, is_left) = if was_booted { take_disks(&vm, &shutdown) } else { (Vec::new(), false) };
     vm_host.remove();
     drop(vm);
     let until = Instant::now() + LAST_WORK;
     while !vm_host.wait_until_unused(TURN) {
         if shutdown.signal().is_some() && until < Instant::now() {
             say!("clade: a request has not ended {} s after the signal, and is cut off", LAST_WORK.as_secs());
-            return !disks.iter().any(has_overlays);
+            return !is_left && !disks.iter().any(has_overlays);
         }
     }
     wait_for_children(&vm_host, &disks, shutdown);
     // After the end of all readers: no disk may be written that another VM's map refers to.
-    commit_overlays(disks)
+    commit_overlays(disks) && !is_left
+}
+
+/// Takes the disks of a stopped VM. Waits for the kernel to end their requests: a disk that is dropped before loses what
+/// was written since a fork. A signal ends a wait of more than [`LAST_WORK`].
+///
+/// Returns also whether a disk is left with overlays to be committed.
+fn take_disks(vm: &Vm, shutdown: &ShutdownSignal) -> (Vec<Disk>, bool) {
+    let begun = Instant::now();
+    let (mut disks, mut said) = (Vec::new(), false);
+    loop {
+        let taken = vm.take_disks();
+        disks.extend(taken.disks);
+        if taken.in_use.is_empty() {
+            return (disks, false);
+        }
+        if !said && begun.elapsed() > SAY_AFTER {
+            say!("\r\nclade: the VM's last requests to its disks have not ended: waiting for them\r");
+            said = true;
+        }
+        if shutdown.signal().is_some() && begun.elapsed() > LAST_WORK {
+            let is_lost = |at: &usize| vm.with_disk(*at, |disk| has_overlays(disk)).unwrap_or(true);
+            let lost: Vec<usize> = taken.in_use.into_iter().filter(is_lost).collect();
+            for at in &lost {
+                let path = vm.config().disks.get(*at).map(|spec| spec.disk.path.display().to_string());
+                let path = path.unwrap_or_default();
+                say!(
+                    "\r\nclade: what was written since the VM was forked is not in {path}: its requests have not ended\r"
+                );
+            }
+            return (disks, !lost.is_empty());
+        }
+        std::thread::sleep(LEASE_POLL);
+    }
 }
 
 /// Waits until no VM in another process reads files of `disks` that have overlays to be committed.

@@ -159,6 +159,12 @@ pub(crate) fn len_of(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()
 }
 
+/// The error of a pin without memory for the VM's own copy of a page.
+#[cfg(test)]
+pub(crate) fn out_of_memory() -> DmaError {
+    DmaError::Pin(PinError::Unshare { range: PageRange::new(0, 1), source: io::ErrorKind::OutOfMemory.into() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

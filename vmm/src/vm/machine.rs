@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use clade_block::Disk;
 use clade_devices::Console;
-use clade_devices::virtio::block::Block;
+use clade_devices::virtio::block::{Block, DiskNotTaken};
 use clade_devices::virtio::vsock::BrokerSlot;
 use clade_memory::{CowCounts, Erased, GuestRam, PageMap, RamStats};
 
@@ -42,6 +42,15 @@ pub(super) struct VmParts {
     pub(super) origin: Option<Arc<ForkImage>>,
     /// The timeline of a child's start.
     pub(super) timeline: Option<Arc<Timeline>>,
+}
+
+/// Disks of a VM that has stopped.
+#[derive(Debug, Default)]
+pub struct TakenDisks {
+    /// The disks whose requests have ended.
+    pub disks: Vec<Disk>,
+    /// The numbers of those whose requests have not ended. A later call takes them.
+    pub in_use: Vec<usize>,
 }
 
 /// A virtual machine that runs, is paused, or has stopped.
@@ -363,13 +372,21 @@ impl Vm {
         self.devices.with_block(index, |block| block.with_disk(with)).flatten()
     }
 
-    /// Takes the disks of a stopped VM, in their order, to be committed, exported or dropped. A
-    /// disk whose requests do not complete is left out. Empty while the VM has not stopped.
-    pub fn take_disks(&self) -> Vec<Disk> {
+    /// Takes the disks of a stopped VM, in their order, to be committed, exported or dropped. Takes none while the VM has
+    /// not stopped.
+    pub fn take_disks(&self) -> TakenDisks {
+        let mut taken = TakenDisks::default();
         if self.stopped().is_none() {
-            return Vec::new();
+            return taken;
         }
-        (0..self.config.disks.len()).filter_map(|at| self.devices.with_block(at, Block::take_disk).flatten()).collect()
+        for at in 0..self.config.disks.len() {
+            match self.devices.with_block(at, Block::take_disk) {
+                Some(Ok(disk)) => taken.disks.push(disk),
+                Some(Err(DiskNotTaken::InUse)) => taken.in_use.push(at),
+                Some(Err(DiskNotTaken::Gone)) | None => {}
+            }
+        }
+        taken
     }
 
     /// The reports of the bare guest.

@@ -51,7 +51,7 @@ pub use identity::{
     ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, HostLink, Identity, IdentityError,
     InterfaceClaim, NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
 };
-pub use machine::Vm;
+pub use machine::{TakenDisks, Vm};
 pub use pause_times::{Histogram, HistogramCounts, Pauses};
 pub use persist::{
     RestoreLoad, RestoreOptions, SavedAt, SavedError, SavedVm, SnapshotError, SnapshotOptions, SnapshotReport, sections,

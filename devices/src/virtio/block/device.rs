@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -47,6 +48,17 @@ impl Default for BlockOptions {
     fn default() -> Self {
         Self { queues: 1, limits: Limits::default() }
     }
+}
+
+/// Why a device gives no disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum DiskNotTaken {
+    /// The kernel still works on its requests.
+    #[error("the disk's requests have not ended")]
+    InUse,
+    /// It was taken before, or the device's worker has failed.
+    #[error("the device has no disk")]
+    Gone,
 }
 
 /// The owner of the disk.
@@ -130,12 +142,18 @@ impl Block {
         }
     }
 
-    /// Stops the device for good, and returns its disk. Returns None if its requests do not end.
-    pub fn take_disk(&mut self) -> Option<Disk> {
-        let _over = self.deactivate();
+    /// Stops the device for good, and returns its disk.
+    ///
+    /// # Errors
+    /// When requests of the disk have not ended within [`RESET_PATIENCE`]. The device keeps the disk, which a later call
+    /// may take.
+    pub fn take_disk(&mut self) -> Result<Disk, DiskNotTaken> {
+        if !self.deactivate() {
+            return Err(DiskNotTaken::InUse);
+        }
         match std::mem::replace(&mut self.owner, DiskOwner::Lost) {
-            DiskOwner::Inactive(idle) => Some(idle.disk),
-            DiskOwner::Working(_) | DiskOwner::Lost => None,
+            DiskOwner::Inactive(idle) => Ok(idle.disk),
+            DiskOwner::Working(_) | DiskOwner::Lost => Err(DiskNotTaken::Gone),
         }
     }
 }

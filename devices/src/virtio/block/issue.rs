@@ -1,13 +1,14 @@
 //! The path of a request: begun, given to the disk, and returned to the driver.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use clade_memory::Access;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vm_memory::GuestAddress;
 
 use super::request::{BlockRequest, RequestKind};
-use super::service::BlockService;
+use super::service::{BlockService, MEMORY_WAIT};
 use super::state::InFlight;
 use crate::virtio::chain::Segment;
 use crate::virtio::{YieldRequest, dma};
@@ -29,7 +30,7 @@ pub(super) struct InFlightRequest {
     /// Whether a flush follows the request before it is used, because the driver has not negotiated
     /// flushes.
     pub(super) sync: bool,
-    /// Whether operations may have been cancelled. The request is then repeated once it has ended.
+    /// Whether operations may have been cancelled, or had no memory. The request is then repeated once it has ended.
     pub(super) redo: bool,
 }
 
@@ -124,18 +125,36 @@ impl BlockService {
             return;
         }
         let (ram, pending) = (&self.ram, &mut self.pending);
+        let mut is_short = false;
+        #[cfg(test)]
+        let is_short_of_memory = self.is_short_of_memory;
         let memory = |piece: &Transfer| {
+            let mut request = pending.get_mut(&piece.token);
             // A request without memory of this length is refused by the disk.
-            let data = pending.get_mut(&piece.token).map(|request| request.cut(piece.len)).unwrap_or_default();
+            let data = request.as_mut().map(|request| request.cut(piece.len)).unwrap_or_default();
             // A read makes the device write to memory, so the pages must be this VM's own before
             // the kernel gets their address (I3).
             let access = if piece.is_write { Access::Read } else { Access::Write };
-            dma::pin(ram, OWNER, &data, access).map_err(|error| {
-                tracing::warn!(%error, "memory of a request");
+            let pinned = dma::pin(ram, OWNER, &data, access);
+            #[cfg(test)]
+            let pinned = if is_short_of_memory { Err(dma::out_of_memory()) } else { pinned };
+            pinned.map_err(|error| {
+                if error.is_transient()
+                    && let Some(request) = request
+                {
+                    // A guest gives up a file system after one error of its disk.
+                    tracing::debug!(%error, "a request is repeated when there is memory");
+                    (is_short, request.redo) = (true, true);
+                } else {
+                    tracing::warn!(%error, "memory of a request");
+                }
                 DiskError::Memory(error.into())
             })
         };
         self.disk.issue(memory, || should_yield.is_set());
+        if is_short {
+            self.memory_wait = Some(Instant::now() + MEMORY_WAIT);
+        }
     }
 
     /// Returns a request that has ended in the disk to the driver.

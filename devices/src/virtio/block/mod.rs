@@ -16,7 +16,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Block, BlockOptions, MAX_QUEUES};
+pub use device::{Block, BlockOptions, DiskNotTaken, MAX_QUEUES};
 pub use state::{BlockState, InFlight};
 
 /// Maximum number of data buffers in a request. With header and status, a chain takes half of a

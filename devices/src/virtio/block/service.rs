@@ -35,6 +35,9 @@ const ID_LEN: usize = 20;
 /// Delay before a submission is retried for which the kernel had no memory.
 const RETRY: Duration = Duration::from_millis(1);
 
+/// Delay before requests are repeated for whose pages the host had no memory.
+pub(super) const MEMORY_WAIT: Duration = Duration::from_millis(20);
+
 /// A request that waits for the limiter. Since it was popped, it counts as in flight.
 #[derive(Debug)]
 struct Delayed {
@@ -64,7 +67,8 @@ pub(super) struct BlockService {
     pub(super) pending: BTreeMap<u64, InFlightRequest>,
     /// The last token of a request.
     last_token: u64,
-    /// Chains to repeat, because they were in flight when the state was saved.
+    /// Chains to repeat, because they were in flight when the state was saved, or because the host had no memory for
+    /// their pages.
     pub(super) replay_queue: VecDeque<InFlight>,
     /// Requests of repeated chains that have begun. No new chain is popped before they are done:
     /// until then the disk may show data that the parent is writing, since it has the same request
@@ -73,6 +77,8 @@ pub(super) struct BlockService {
     delayed: Option<Delayed>,
     /// When to repeat a submission for which the kernel had no memory.
     retry: Option<Instant>,
+    /// When to repeat requests for whose pages the host had no memory. None is repeated before.
+    pub(super) memory_wait: Option<Instant>,
     /// For each queue, whether it must be read.
     ready: Vec<bool>,
     /// The queue that is read first.
@@ -82,6 +88,12 @@ pub(super) struct BlockService {
     /// Whether the driver has broken the rules, or the device is broken. No chain is popped or used
     /// from then on.
     pub(super) broken: bool,
+    /// Whether the kernel seems to work on requests for ever.
+    #[cfg(test)]
+    pub(super) is_stuck: bool,
+    /// Whether the host seems to have no memory.
+    #[cfg(test)]
+    pub(super) is_short_of_memory: bool,
 }
 
 impl BlockService {
@@ -106,10 +118,15 @@ impl BlockService {
             replaying: HashSet::new(),
             delayed: None,
             retry: None,
+            memory_wait: None,
             ready: vec![false; count],
             first: 0,
             halting: false,
             broken: false,
+            #[cfg(test)]
+            is_stuck: false,
+            #[cfg(test)]
+            is_short_of_memory: false,
         }
     }
 
@@ -145,6 +162,8 @@ impl BlockService {
         self.disk.cancel();
         self.reap();
         let is_over = self.disk.in_flight() == 0;
+        #[cfg(test)]
+        let is_over = is_over && !self.is_stuck;
         if is_over {
             // The next driver's tokens begin anew.
             drop(self.disk.take_done());
@@ -199,7 +218,7 @@ impl BlockService {
         }
         self.pending.clear();
         self.replaying.clear();
-        (self.delayed, self.retry) = (None, None);
+        (self.delayed, self.retry, self.memory_wait) = (None, None, None);
         self.ready.fill(true);
         self.broken = false;
         true
@@ -295,10 +314,11 @@ impl BlockService {
 
     /// Whether a chain can be repeated now.
     fn may_redo(&self) -> bool {
-        !self.replay_queue.is_empty() && self.has_room()
+        self.memory_wait.is_none() && !self.replay_queue.is_empty() && self.has_room()
     }
 
-    /// Begins again chains that were in flight when the state was saved, up to a batch.
+    /// Begins again chains that were in flight when the state was saved, or for whose pages there was no memory, up to a
+    /// batch.
     fn replay(&mut self) {
         for _ in 0..BATCH {
             if !self.may_redo() {
@@ -388,6 +408,8 @@ impl Service for BlockService {
             }
         }
         self.reap();
+        // Cleared in any case: the worker would wait for an instant in the past, again and again.
+        self.memory_wait.take_if(|until| Instant::now() >= *until);
         if !self.broken {
             self.replay();
             self.release();
@@ -404,8 +426,12 @@ impl Service for BlockService {
     }
 
     fn deadline(&self) -> Option<Instant> {
+        // A turn of a broken device begins nothing: an instant in the past would be waited for again and again.
+        if self.broken {
+            return None;
+        }
         let delayed = self.delayed.as_ref().map(|delayed| delayed.until);
-        [delayed, self.retry].into_iter().flatten().min()
+        [delayed, self.retry, self.memory_wait].into_iter().flatten().min()
     }
 
     fn broken(&mut self) {

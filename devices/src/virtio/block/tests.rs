@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use clade_host_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
-use clade_test_support::{Patience, Watchdog};
+use clade_test_support::{Patience, Watchdog, wait_until};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::service::{BATCH, BlockService, IdleDisk};
-use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
+use super::service::{BATCH, BlockService, DISK as DISK_EVENT, IdleDisk};
+use super::{Block, BlockOptions, BlockState, DiskNotTaken, InFlight, SEG_MAX};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
 use crate::virtio::limiter::{Limiter, Limits, Rate};
@@ -624,4 +624,71 @@ fn what_is_in_flight_counts_against_the_queue_of_a_child_and_of_one_that_is_put_
     let (with, _interrupt) = activation(&rig.ram, MODERN, &moment.queues);
     assert!(rig.service.rewind(&state, &moment.disk, with));
     assert_eq!(rig.service.chains_out(0), 3);
+}
+
+/// A disk that is dropped loses what was written since a fork.
+#[test]
+fn a_device_keeps_a_disk_whose_requests_have_not_ended() {
+    let (_rig_dir, rig_path) = file();
+    let rig = Rig::new(&rig_path, &Options::default());
+    let (_dir, path) = file();
+    let mut block = Block::new(Disk::open(&DiskConfig::new(&path)).unwrap(), &BlockOptions::default());
+    let (with, _interrupt) = activation(&rig.ram, MODERN, &rig.service.queue_states());
+    block.activate(Activation { held: true, ..with }).unwrap();
+    block.with_service(|service| service.is_stuck = true).unwrap();
+    assert!(matches!(block.take_disk(), Err(DiskNotTaken::InUse)));
+    block.with_service(|service| service.is_stuck = false).unwrap();
+    assert_eq!(block.take_disk().unwrap().config().path, path);
+    assert!(matches!(block.take_disk(), Err(DiskNotTaken::Gone)));
+}
+
+/// Its worker would wait for an instant in the past, again and again.
+#[test]
+fn a_broken_device_waits_for_no_instant() {
+    let (_dir, path) = file();
+    let one = Rate { per_second: 1, burst: Some(1), once: 0 };
+    let limits = Limits { operations: Some(one), bytes: None };
+    let mut rig = Rig::new(&path, &Options { limits, ..Options::default() });
+    for sector in 0..2 {
+        rig.offer(0, IN, sector, &[(DATA, 512)]);
+    }
+    rig.turn(Wake::Start);
+    rig.turn(Wake::Again);
+    assert!(rig.service.deadline().is_some(), "the second request waits for the limiter");
+    Service::broken(&mut rig.service);
+    assert_eq!(rig.service.deadline(), None);
+}
+
+/// A guest gives up its file system after one error of its disk.
+#[test]
+fn a_request_without_memory_for_its_pages_waits_for_it() {
+    let (_dir, path) = file();
+    let mut rig = Rig::new(&path, &Options::default());
+    rig.fill(DATA, &[0x55; 4096]);
+    rig.service.is_short_of_memory = true;
+    let heads = [rig.offer(0, OUT, 8, &[(DATA, 4096)]), rig.offer(0, IN, 8, &[(DATA + PAGE, 4096)])];
+    assert_eq!(rig.turn(Wake::Start), Turn::Done, "its worker waits");
+    let until = rig.service.deadline().unwrap();
+    assert_eq!(rig.used(0), None);
+    assert_eq!(rig.service.in_flight().len(), 2);
+    // A child has them too.
+    let moment = rig.fork();
+    let mut child = rig.child(&moment);
+    child.wait();
+    assert_eq!(child.wait().1, 0);
+    // Nothing is repeated before the instant, and then they wait again.
+    rig.turn(Wake::Source(DISK_EVENT));
+    assert!(rig.service.deadline().is_some_and(|later| later == until) || Instant::now() >= until);
+    wait_until("the instant", || Instant::now() >= until);
+    rig.turn(Wake::Timer);
+    assert!(rig.service.deadline().is_some_and(|later| later > until));
+    assert_eq!(rig.used(0), None);
+    rig.service.is_short_of_memory = false;
+    let mut done = vec![rig.wait(), rig.wait()];
+    done.sort_unstable();
+    assert_eq!(done, heads.map(|head| (head, 0)));
+    assert_eq!(rig.service.deadline(), None);
+    rig.offer(0, IN, 8, &[(DATA + 2 * PAGE, 4096)]);
+    rig.wait();
+    assert_eq!(rig.bytes(DATA + 2 * PAGE, 4096), [0x55; 4096]);
 }
