@@ -85,6 +85,16 @@ pub enum RestoreError {
         /// Queues of the device.
         queues: usize,
     },
+    /// A queue of the state has another size than that of the device.
+    #[error("saved queue {index} has {found} descriptors, and that of the device up to {max}")]
+    QueueSize {
+        /// Number of the queue.
+        index: usize,
+        /// Its saved size.
+        found: u16,
+        /// The most descriptors of the device's queue.
+        max: u16,
+    },
     /// The device cannot be activated.
     #[error(transparent)]
     Activate(#[from] ActivateError),
@@ -108,6 +118,21 @@ struct TransportRegisters {
 }
 
 impl TransportRegisters {
+    /// Checks that saved queues are those of this device. A longer one would give its driver more than the device offers.
+    fn expect_queues(&self, state: &TransportState) -> Result<(), RestoreError> {
+        let (found, queues) = (state.queues.len(), self.queues.len());
+        if found != queues {
+            return Err(RestoreError::Queues { found, queues });
+        }
+        for (index, (saved, max)) in state.queues.iter().zip(self.device.queue_sizes()).enumerate() {
+            if saved.max_size > *max || saved.size > *max {
+                let (found, max) = (saved.size.max(saved.max_size), *max);
+                return Err(RestoreError::QueueSize { index, found, max });
+            }
+        }
+        Ok(())
+    }
+
     fn load(&mut self, state: &TransportState) {
         self.status = state.status;
         self.device_features_sel = state.device_features_sel;
@@ -161,9 +186,7 @@ impl VirtioMmio {
         let mut transport = Self::new(device, ram, event_fds, true);
         transport.interrupt = Arc::new(Interrupt::new(&transport.event_fds.irq, state.interrupt));
         let mut inner = transport.inner();
-        if inner.queues.len() != state.queues.len() {
-            return Err(RestoreError::Queues { found: state.queues.len(), queues: inner.queues.len() });
-        }
+        inner.expect_queues(state)?;
         inner.load(state);
         if state.is_active() {
             transport.activate(&mut inner)?;
@@ -245,10 +268,7 @@ impl VirtioMmio {
     /// When the state is not valid for this device.
     pub fn check(&self, state: &TransportState) -> Result<(), RestoreError> {
         let inner = self.inner();
-        let (found, queues) = (state.queues.len(), inner.queues.len());
-        if found != queues {
-            return Err(RestoreError::Queues { found, queues });
-        }
+        inner.expect_queues(state)?;
         if state.is_active() {
             self.activation(&inner, state)?;
         }
@@ -492,3 +512,6 @@ impl MmioDevice for VirtioMmio {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
