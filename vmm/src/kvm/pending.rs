@@ -5,6 +5,7 @@
 //! | event | why it survives | effect |
 //! |---|---|---|
 //! | start-up IPI | `KVM_SET_MP_STATE` can only set it | an AP that waits for one starts |
+//! | SMI, and NMI before Linux 6.4, that KVM has not looked at | a request, not yet an event | delivered to the restored state |
 //! | SMI, SMM | restored after `KVM_SET_MP_STATE` | KVM refuses an AP's wait for INIT or SIPI |
 //! | triple fault | restored where a state has one | the VM shuts down |
 //! | async page faults | in no state | reports a page that the guest never waited for |
@@ -38,7 +39,10 @@ pub(crate) fn forget_pending(
     lapic: Option<&kvm_lapic_state>,
 ) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
+    // NMIs and SMIs that KVM has not looked at become pending here, where the next call drops them. Otherwise they would
+    // once the vCPU runs on.
+    vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+    // Before the others: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.
     let none = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING
@@ -144,6 +148,27 @@ mod tests {
         reset(vcpu, &layout, &state);
         assert_eq!(vcpu.get_vcpu_events().unwrap().smi.pending, 0);
         assert_eq!(vcpu.get_mp_state().unwrap().mp_state, KVM_MP_STATE_INIT_RECEIVED);
+    }
+
+    #[test]
+    fn an_smi_or_nmi_that_kvm_has_not_looked_at_is_dropped_too() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let vcpu = &vm.vcpus[0];
+        let state = save_all(&vm, &host, &layout).remove(0);
+        let pending = || {
+            let events = vcpu.get_vcpu_events().unwrap();
+            (events.smi.pending, events.nmi.pending)
+        };
+        if vcpu.smi().is_err() || vcpu.nmi().is_err() || pending() != (1, 1) {
+            return clade_test_support::skipped("this KVM takes no SMIs or NMIs from user space");
+        }
+        reset(vcpu, &layout, &state);
+        vcpu.smi().unwrap();
+        vcpu.nmi().unwrap();
+        reset(vcpu, &layout, &state);
+        assert_eq!(pending(), (0, 0));
     }
 
     #[test]

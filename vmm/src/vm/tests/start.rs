@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clade_guests::abi::{Command, MAGIC, mailbox_gpa, offset};
 use clade_memory::Store;
-use clade_test_support::wait_until;
+use clade_test_support::{wait_eq, wait_until};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, Msrs, kvm_msr_entry, kvm_sregs,
 };
@@ -65,6 +65,24 @@ fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
     vm.reset(&image).unwrap();
     vm.resume().unwrap();
     goes_on(&vm, &PAIRS).unwrap();
+}
+
+/// A vCPU's thread that held it would keep all layers that the image alone shows, for the VM's whole life.
+#[test]
+fn no_vcpu_thread_holds_an_image_that_it_has_loaded() {
+    let Some(host) = host() else { return };
+    let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
+    let parent = boot(&context, &PAIRS);
+    let (image, _) = parent.fork().unwrap();
+    let only_here = |what| wait_eq(what, &1, || Arc::strong_count(&image));
+    let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
+    child.forget_origin();
+    only_here("a thread that has started holds the image");
+    child.pause().unwrap();
+    child.reset(&image).unwrap();
+    only_here("a thread that is parked after a reset holds the image");
+    child.resume().unwrap();
+    goes_on(&child, &PAIRS).unwrap();
 }
 
 /// The caller may outlive the panic, as the daemon's requests do.

@@ -112,15 +112,17 @@ impl VcpuThread {
         // others.
         sched::set_slice(self.host.quirks().vcpu_slice());
         sched::boost();
-        let Next::Start(mut command) = self.control.wait_for_order(self.index) else { return None };
+        let Next::Start(command) = self.control.wait_for_order(self.index) else { return None };
         command.mark(ChildStep::Woken);
         if !self.prepare(&command) {
             return None;
         }
-        // It may hold a connection to whoever has answered.
-        command.admission = None;
+        let StartCommand { start, devices, timeline, admission } = command;
+        // An image holds its layers, which the VM may forget. The admission may hold a connection to whoever has
+        // answered.
+        drop((start, admission));
         self.is_starting = sched::unboost_to_start();
-        let mut timeline = command.timeline.as_deref();
+        let mut timeline = timeline.as_deref();
         loop {
             // Before `may_run`, not after: see Kicker::clear_immediate_exit.
             self.control.kicker(self.index).clear_immediate_exit();
@@ -134,7 +136,7 @@ impl VcpuThread {
             if let Some(timeline) = timeline.take() {
                 timeline.mark_first(ChildStep::Entered);
             }
-            if let Some(reason) = self.run(&command.devices) {
+            if let Some(reason) = self.run(&devices) {
                 return Some(reason);
             }
             self.end_start();

@@ -75,6 +75,8 @@ impl VcpuThread {
                         forget_pending(&self.vcpu, &self.layout, lapic)?;
                         self.give_state(&command.start)
                     });
+                    // A VM that stays paused would keep the image's layers.
+                    drop(command);
                     self.control.exits(self.index).note(ExitRecord { kind: ExitKind::Loaded, address: 0 });
                     self.control.has_loaded(self.index, request, loaded);
                     next = self.control.park(self.index, true);
