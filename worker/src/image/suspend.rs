@@ -81,7 +81,8 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
     // begins that waits for it.
     let sources = announcing(vm.request_sources().map_err(failed)?).map_err(failed)?;
     let SuspendReport { was_suspended, memory, halt, write, has_input } = vm.suspend(file)?;
-    let woken = vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))?;
+    // An earlier suspension has its own watch. A pipe that nobody reads would stay until the wake.
+    let woken = (!was_suspended).then(|| vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))).transpose()?;
     let us = |time: Duration| time.as_secs_f64() * 1e6;
     flight::note(&format!("suspended in {} us: {} pages written", begun.elapsed().as_micros(), memory.written));
     let answer = SuspendAnswer {
@@ -94,9 +95,7 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
         write_us: us(write),
         total_us: us(begun.elapsed()),
     };
-    // An earlier suspension has its own watch.
-    let watch =
-        (!was_suspended).then(|| RequestWatch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
+    let watch = woken.map(|woken| RequestWatch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
     Ok((answer, watch))
 }
 
