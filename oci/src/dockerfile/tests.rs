@@ -337,15 +337,38 @@ fn patterns_match_paths() {
         ("?.txt", "a.txt", true),
         ("?.txt", ".txt", false),
         ("a/../b", "b", true),
+        ("[Bb]in", "bin", true),
+        ("[Bb]in", "Bin", true),
+        ("[Bb]in", "xin", false),
+        ("[^a-c]x", "dx", true),
+        ("[^a-c]x", "bx", false),
+        ("[^^]", "^", false),
+        ("[a^]", "^", true),
+        ("*.[ch]", "a.c", true),
+        ("*.[ch]", "a.cc", false),
+        ("[0-9a-f][0-9a-f]", "9e", true),
+        ("[a\\-z]", "-", true),
+        ("[a\\-z]", "b", false),
+        ("[\\]]", "]", true),
+        ("a]", "a]", true),
+        ("\\*", "*", true),
+        ("\\*", "a", false),
+        ("\\[a]", "[a]", true),
+        ("?", "é", true),
+        ("[à-é]", "é", true),
     ] {
         assert_eq!(Pattern::parse(pattern).unwrap().matches(path), is_matched, "{pattern} {path}");
     }
-    for wrong in ["..", "../a", "a/../../b", "/..", "[ab]"] {
+    for wrong in ["..", "../a", "a/../../b", "/..", "[ab", "[]", "[]a]", "[-a]", "[a-]", "[a-z", "[^]", "[", "b["] {
         let error = Pattern::parse(wrong).unwrap_err();
         assert!(error.to_string().contains(wrong), "{error}");
     }
     assert_eq!(Pattern::parse("./a//b/").unwrap().path().as_deref(), Some("a/b"));
-    assert_eq!(Pattern::parse("a*").unwrap().path(), None);
+    for not_one in ["a*", "a?", "[a]", "**"] {
+        assert_eq!(Pattern::parse(not_one).unwrap().path(), None);
+    }
+    assert_eq!(Pattern::parse("a\\*/\\[b]").unwrap().path().as_deref(), Some("a*/[b]"));
+    assert!(Pattern::parse("a\\").unwrap_err().to_string().contains("backslash"));
 }
 
 #[test]
