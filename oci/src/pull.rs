@@ -12,7 +12,7 @@ use crate::manifest::{
     Descriptor, Document, ImageConfig, ImageManifest, MAX_NESTING, ManifestError, Packing, choose, document, packing,
 };
 use crate::options::PullOptions;
-use crate::reference::Reference;
+use crate::reference::{Reference, Version};
 use crate::source::{self, ImageSource, SourceError};
 use crate::store::{Image, ImageStore, ImageStoreError, StoreLock};
 use crate::tar::TarError;
@@ -110,7 +110,7 @@ impl<R: Read> Read for Told<'_, R> {
 
 impl ImageStore {
     /// Pulls an image, makes its disk, and gives it the reference's name. Present content is not
-    /// fetched again.
+    /// fetched again. The registry is not asked for a digest whose image is present.
     ///
     /// # Errors
     /// When the source does not have the image, when it is refused, or when the store fails. No
@@ -122,8 +122,25 @@ impl ImageStore {
         progress: &dyn Progress,
     ) -> Result<Image, PullError> {
         let lock = self.lock()?;
+        if let Some(image) = self.pulled(&lock, reference)? {
+            return Ok(image);
+        }
         let mut source = source::open(reference, options)?;
         self.pull_from(&lock, source.as_mut(), &reference.to_string(), options, progress)
+    }
+
+    /// The image of a digest, if it is present. A tag may name another image by now.
+    fn pulled(&self, lock: &StoreLock, reference: &Reference) -> Result<Option<Image>, PullError> {
+        let Reference::Registry { version: Version::Digest(digest), .. } = reference else { return Ok(None) };
+        let (name, mut names) = (reference.to_string(), self.references()?);
+        // An index's digest names the image that an earlier pull chose from it.
+        let found = names.get(&name).unwrap_or(digest).clone();
+        let Some(image) = self.image(&found)? else { return Ok(None) };
+        let image = self.with_config(lock, image)?;
+        if names.insert(name, found).is_none() {
+            self.set_references(lock, names)?;
+        }
+        Ok(Some(image))
     }
 
     /// The same from any source, under any name.

@@ -161,6 +161,30 @@ fn a_registry_that_asks_for_a_token_is_given_one() {
     assert!(text.contains("http://127.0.0.1:1/v2/a/manifests/b does not answer"), "{text}");
 }
 
+/// The digest says what the content is, and the registry may be out of reach.
+#[test]
+fn a_digest_whose_image_is_present_needs_no_registry() {
+    let rig = Rig::new();
+    let port = serve(&rig);
+    let of = |host: &str, version: Version| Reference::Registry { host: host.into(), name: "a/b".into(), version };
+    let pull = |reference: &Reference| rig.store().pull(reference, &PullOptions::default(), &());
+    let image = pull(&of(&format!("127.0.0.1:{port}"), Version::Tag("v1".into()))).unwrap();
+    // Nobody listens there.
+    let there = |version| of("127.0.0.1:1", version);
+    let by_digest = there(Version::Digest(image.digest.clone()));
+    assert_eq!(pull(&by_digest).unwrap(), image);
+    assert_eq!(rig.store().find(&by_digest.to_string()).unwrap(), image);
+    pull(&there(Version::Tag("v1".into()))).unwrap_err();
+    // An index's digest, of which a pull has chosen the image.
+    let index = there(Version::Digest(Digest::of(b"an index")));
+    pull(&index).unwrap_err();
+    let names = json!({ index.to_string(): image.digest });
+    fs::write(rig.store().root().join("references.json"), names.to_string()).unwrap();
+    assert_eq!(pull(&index).unwrap(), image);
+    fs::remove_dir_all(rig.store().disk(&image.digest).parent().unwrap()).unwrap();
+    pull(&index).unwrap_err();
+}
+
 #[test]
 fn names_go_one_by_one_and_what_is_in_use_stays() {
     let rig = Rig::new();
