@@ -113,6 +113,9 @@ impl NetHook {
     /// # Errors
     /// When the program fails.
     pub(super) fn up(&self, all: Vec<Interfaces>) -> Result<Up, Box<HookError>> {
+        if all.iter().all(|interfaces| interfaces.nets.is_empty()) {
+            return Ok(Up { hook: self.clone(), all: Vec::new() });
+        }
         let limit = AWAITED_DOWNS * self.shared.limit;
         let waited = self.shared.none_left.wait_timeout_while(self.shared.downs(), limit, |left| *left > 0);
         let (downs, waited) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -368,6 +371,17 @@ mod tests {
         let log = log(dir.path());
         let events: Vec<&str> = log.iter().map(|line| line.split(" 02:").next().unwrap()).collect();
         assert_eq!(events, ["down a tap0", "done", "up b tap0"]);
+    }
+
+    #[test]
+    fn a_vm_without_interfaces_waits_for_no_hook() {
+        let dir = tempfile::tempdir().unwrap();
+        let hook = NetHook::with_limit(&hook(dir.path(), "true"), Duration::from_millis(1)).unwrap();
+        let pending = hook.begin_down();
+        let busy = hook.up(vec![interfaces("a", None, &["tap0"])]).map(drop).unwrap_err();
+        assert!(matches!(*busy, HookError::Busy { left: 1, .. }), "{busy}");
+        hook.up(vec![interfaces("b", None, &[]), interfaces("c", None, &[])]).unwrap();
+        drop(pending);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use super::{CancelReason, DaemonError};
+use super::{CancelReason, DaemonError, HookError};
 use crate::ProblemKind;
 use clade_memory::{AccessError, RamError};
 use clade_vmm::vm::{DeviceError, SnapshotError, VmError};
@@ -26,6 +26,8 @@ impl DaemonError {
             Self::Keep { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
                 ProblemKind::NoRoom
             }
+            // Nothing was made, and the interfaces of ended VMs will be down some time.
+            Self::NetHook(error) if matches!(**error, HookError::Busy { .. }) => ProblemKind::TooMany,
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
             Self::Transfer(error) if error.is_no_room() => ProblemKind::NoRoom,
@@ -131,5 +133,19 @@ fn of_snapshot(error: &SnapshotError) -> ProblemKind {
         SnapshotError::Unpack { .. } => ProblemKind::BadPath,
         SnapshotError::Vm(error @ (VmError::Stopped(_) | VmError::Inconsistent)) => of_vm(error),
         _ => ProblemKind::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The client repeats the request then.
+    #[test]
+    fn a_network_hook_that_is_busy_is_no_conflict() {
+        let busy = HookError::Busy { program: "/hook".into(), left: 2, seconds: 60 };
+        assert_eq!(DaemonError::from(Box::new(busy)).problem(), ProblemKind::TooMany);
+        let start = HookError::Start { program: "/hook".into(), source: ErrorKind::NotFound.into() };
+        assert_eq!(DaemonError::from(Box::new(start)).problem(), ProblemKind::IdentityTaken);
     }
 }

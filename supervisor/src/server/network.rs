@@ -55,11 +55,17 @@ impl Supervisor {
 }
 
 async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
+    let recorded = || {
+        let (supervisor, name) = (supervisor.clone(), name.clone());
+        on_a_thread(THREAD_PATIENCE, move || supervisor.recorded_process(&name))
+    };
+    // The VM of now: another may have the name when the earlier changes have ended, or its process has answered.
+    let process = recorded().await??;
     let _turn = supervisor.0.network_changes.begin(&name).await;
+    if recorded().await?? != process {
+        return Err(DaemonError::NoSuchVm { name }.into());
+    }
     let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
-    let of = (supervisor.clone(), name.clone());
-    // The VM of now: another may have the name when its process has answered.
-    let process = on_a_thread(THREAD_PATIENCE, move || of.0.recorded_process(&of.1)).await??;
     let set = |link| {
         let (supervisor, name) = (supervisor.clone(), name.clone());
         on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, process, link))
