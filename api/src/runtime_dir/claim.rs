@@ -12,8 +12,10 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat, statat};
+use rustix::io::Errno;
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, test_kill_process};
 
 use super::{
     END, RuntimeDir, SUPERVISOR, SUPERVISOR_LOCK, VM, check_name, console_path, expect_short, pid_in, supervisor_path,
@@ -87,9 +89,11 @@ const CONTROL: &str = "sock";
 const CONSOLE: &str = "console";
 const HVC: &str = "hvc";
 const IMAGE: &str = "image";
+/// The ending of its lock.
+const LOCK: &str = "lock";
 /// The endings of a VM's files. The lock file last: while it is locked no other process makes
 /// these.
-const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
+const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, LOCK];
 
 /// The names that this process has claimed, with their directories.
 fn claimed() -> MutexGuard<'static, BTreeSet<(PathBuf, String)>> {
@@ -106,7 +110,7 @@ impl NameClaim {
         check_name(name)?;
         // The longest path of its sockets.
         expect_short(console_path(&dir.path, name))?;
-        let lock = dir.lock(&format!("{name}.lock"))?;
+        let lock = dir.lock(&format!("{name}.{LOCK}"))?;
         let lock = lock.ok_or_else(|| DaemonError::Taken { name: name.to_owned() })?;
         Ok(Self::of(dir, name, lock))
     }
@@ -126,7 +130,7 @@ impl NameClaim {
         }
         let lock = openat(
             &dir.fd,
-            &*format!("{name}.lock"),
+            &*format!("{name}.{LOCK}"),
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
         );
@@ -141,7 +145,7 @@ impl NameClaim {
     pub fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, DaemonError> {
         check_name(name)?;
         let lock = File::from(lock);
-        if !dir.has(&format!("{name}.lock"), &lock) {
+        if !dir.has(&format!("{name}.{LOCK}"), &lock) {
             return Err(DaemonError::Taken { name: name.to_owned() });
         }
         write_pid(&lock, std::process::id());
@@ -178,10 +182,12 @@ impl NameClaim {
     }
 
     /// Claims the names of dead owners, each with the owner's pid: their control sockets exist, and
-    /// their locks are free. Dropping the claims removes their files.
+    /// their locks are free. Dropping the claims removes their files. Of names whose owners were killed while they
+    /// removed these, the rest is removed here.
     pub fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
-        let mut dead = Vec::new();
-        for file in dir.entries()? {
+        let (mut dead, entries) = (Vec::new(), dir.entries()?);
+        Self::remove_rests(dir, entries.iter().filter_map(|file| file.to_str()));
+        for file in entries {
             // An owner may die after either file was removed, or before it was made.
             let ending = |file: &'_ str| {
                 [CONTROL, VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
@@ -191,7 +197,7 @@ impl NameClaim {
             if dead.iter().any(|(claim, _): &(Self, u32)| claim.name == name) {
                 continue;
             }
-            let pid = dir.read(&format!("{name}.lock")).ok().flatten();
+            let pid = dir.read(&format!("{name}.{LOCK}")).ok().flatten();
             let pid = pid.and_then(|text| pid_in(&text)).unwrap_or(0);
             // Refused for live owners, and for invalid names.
             let Ok(claim) = Self::new(dir, name) else { continue };
@@ -201,6 +207,28 @@ impl NameClaim {
             }
         }
         Ok(dead)
+    }
+
+    /// Removes the last files of those names among `files` whose owners are dead, and have removed the others.
+    fn remove_rests<'a>(dir: &RuntimeDir, files: impl Iterator<Item = &'a str> + Clone) {
+        let names = |endings: [&'static str; 2]| {
+            let name = move |file: &'a str| {
+                endings.into_iter().find_map(|ending| file.strip_suffix(ending)?.strip_suffix('.'))
+            };
+            files.clone().filter_map(name).collect::<BTreeSet<_>>()
+        };
+        let known = names([CONTROL, VM]);
+        for name in names([END, LOCK]).difference(&known) {
+            // An owner that is about to lock the file has not named itself.
+            let pid = dir.read(&format!("{name}.{LOCK}")).ok().flatten().and_then(|text| pid_in(&text));
+            let Some(pid) = pid.filter(|pid| !is_alive(*pid)) else { continue };
+            let Ok(claim) = Self::new(dir, name) else { continue };
+            let exists = |ending| statat(&dir.fd, &*format!("{name}.{ending}"), AtFlags::SYMLINK_NOFOLLOW).is_ok();
+            if [CONTROL, VM].into_iter().any(exists) {
+                // The owner has died after the directory was read.
+                claim.leave_as_found(pid);
+            }
+        }
     }
 
     /// Claims the name of a VM whose process, `pid`, has ended without removing its files. None if
@@ -225,7 +253,7 @@ impl NameClaim {
     /// When the lock file cannot be read.
     pub fn owner(dir: &RuntimeDir, name: &str) -> Result<Option<u32>, DaemonError> {
         let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
-        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
+        let owner = dir.read(&format!("{name}.{LOCK}")).map_err(failed)?;
         Ok(owner.and_then(|text| pid_in(&text)))
     }
 
@@ -278,11 +306,17 @@ impl VmFiles {
     }
 }
 
+/// Whether there is a process of this number.
+fn is_alive(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| !matches!(test_kill_process(pid), Err(Errno::SRCH)))
+}
+
 impl Drop for NameClaim {
     fn drop(&mut self) {
         // Another process that also has the lock may have removed the files before. Then the name
         // may have another owner.
-        let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
+        let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.{LOCK}", self.name), lock);
         if self.lock.as_ref().is_some_and(is_ours) {
             for ending in ENDINGS {
                 self.dir.forget(&format!("{}.{ending}", self.name));

@@ -111,13 +111,20 @@ fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
     }
     fs::write(path.path().join("dead.lock"), "123\n").unwrap();
     fs::write(path.path().join("dead.ended"), "{}").unwrap();
+    // Their owner was killed while it removed the files.
+    for file in ["half.end", "half.lock", "late.lock"] {
+        fs::write(path.path().join(file), "4000000123\n").unwrap();
+    }
+    // These are about to be locked.
+    fs::write(path.path().join("new.lock"), "").unwrap();
+    fs::write(path.path().join("named.lock"), format!("{}\n", std::process::id())).unwrap();
     let dead = NameClaim::of_the_dead(&dir).unwrap();
     assert_eq!(dead.iter().map(|(claim, pid)| (claim.name.as_str(), *pid)).collect::<Vec<_>>(), [("dead", 123)]);
     drop(dead);
     let mut left: Vec<_> = dir.entries().unwrap();
     left.sort();
     left.retain(|file| file != "." && file != "..");
-    assert_eq!(left, ["alive.lock", "alive.sock", "dead.ended", "early.lock"]);
+    assert_eq!(left, ["alive.lock", "alive.sock", "dead.ended", "early.lock", "named.lock", "new.lock"]);
     drop(early);
 }
 
