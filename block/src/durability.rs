@@ -117,30 +117,18 @@ impl Durability {
         chain: &mut OverlayChain,
         dirty: bool,
     ) -> Result<Vec<Request>, DiskError> {
-        let begun = self.begin_reflink(chain, dirty)?;
+        let begun = match self.reflink.as_mut().filter(|_| chain.is_forked()) {
+            Some(reflink) => Some(reflink.begin(chain.map(), dirty)?),
+            None => None,
+        };
         let alone = chain.is_forked() && self.reflink.is_none() && self.journal.is_some() && chain.is_alone();
         self.alone = if alone { self.alone + 1 } else { 0 };
         let folds = chain.is_folding() || self.alone >= FOLD_AFTER && self.may_fold(chain);
         let reflinked = begun.is_some();
         let mut requests = begun.unwrap_or_default();
-        // Without a journal, an overlay ends with the process, whether it was synced or not.
-        let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !reflinked) {
-            _ if reflinked => true,
-            Some(journal) => match journal.begin(chain.map(), FlushState { dirty, writing: folds }) {
-                Ok(first) => {
-                    requests.extend(first);
-                    true
-                }
-                Err(error) if journal.is_impossible(&error) => {
-                    tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
-                    journal.remove()?;
-                    self.journal = None;
-                    false
-                }
-                Err(error) => return Err(error.into()),
-            },
-            None => false,
-        };
+        let journaled = if reflinked { None } else { self.begin_journal(chain, FlushState { dirty, writing: folds })? };
+        let begun = reflinked || journaled.is_some();
+        requests.extend(journaled.into_iter().flatten());
         if let (false, true, Some(file)) = (begun, dirty, chain.base()) {
             requests.push(Request::Sync { file: Arc::clone(file), all: false });
         }
@@ -148,19 +136,19 @@ impl Durability {
         Ok(requests)
     }
 
-    /// Begins a flush into a new image, on a file system with reflinks. Returns None if the journal
-    /// takes the flush instead.
-    fn begin_reflink(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
-        let Some(reflink) = self.reflink.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
-        match reflink.begin(chain.map(), dirty) {
+    /// Begins a flush of a forked disk into the journal. Returns None without one: an overlay then ends with the process,
+    /// whether it was synced or not.
+    fn begin_journal(&mut self, chain: &OverlayChain, state: FlushState) -> Result<Option<Vec<Request>>, DiskError> {
+        let Some(journal) = self.journal.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
+        match journal.begin(chain.map(), state) {
             Ok(first) => Ok(Some(first)),
-            Err(error) if reflink.is_image() || reflink.is_broken() => Err(error.into()),
-            Err(error) => {
-                let (path, error) = (chain.config().path.display(), &error as &dyn std::error::Error);
-                tracing::warn!(%path, error, "no new image: a flush after a fork needs a journal");
-                self.reflink = None;
+            Err(error) if journal.is_impossible(&error) => {
+                tracing::warn!(%error, "no journal here: a flush after a fork is not durable");
+                journal.remove()?;
+                self.journal = None;
                 Ok(None)
             }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -176,16 +164,26 @@ impl Durability {
         checked.is_ok()
     }
 
-    /// The next step of the flush in slot `at`, in the journal or in the new image.
-    pub(super) fn next_step(&mut self, at: usize) -> Result<Option<Request>, DiskError> {
+    /// The next requests of the flush in slot `at`, in the journal or in the new image. None when it is over.
+    pub(super) fn next_step(&mut self, at: usize, chain: &OverlayChain) -> Result<Vec<Request>, DiskError> {
         if self.flushing != Some(at) {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         if let Some(reflink) = self.reflink.as_mut().filter(|reflink| reflink.is_writing()) {
-            return Ok(reflink.next()?);
+            let error = match reflink.next() {
+                Ok(next) => return Ok(next.into_iter().collect()),
+                Err(error) => error,
+            };
+            // The overlays count as unsynced again, and the journal syncs them once it names them.
+            let Some(dirty) = reflink.give_up_for_a_journal() else { return Err(error.into()) };
+            let (path, error) = (chain.config().path.display(), &error as &dyn std::error::Error);
+            tracing::warn!(%path, error, "no new image: a flush after a fork needs a journal");
+            self.reflink = None;
+            let begun = self.begin_journal(chain, FlushState { dirty, writing: chain.is_folding() })?;
+            return Ok(begun.unwrap_or_default());
         }
-        let Some(journal) = &mut self.journal else { return Ok(None) };
-        Ok(journal.next()?)
+        let Some(journal) = &mut self.journal else { return Ok(Vec::new()) };
+        Ok(journal.next()?.into_iter().collect())
     }
 
     /// Notes the error of a flush that was to sync `base`.
@@ -254,6 +252,11 @@ impl Durability {
     /// Removes the journal: the image has everything.
     pub(super) fn remove_journal(&mut self) -> Result<(), FileError> {
         self.journal.iter_mut().try_for_each(Journal::remove)
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_reflink(&mut self, reflink: ReflinkImage) {
+        self.reflink = Some(reflink);
     }
 
     #[cfg(test)]

@@ -49,8 +49,8 @@ impl Disk {
 
     /// The next step of a flush, in the journal or in the new image.
     pub(super) fn flush_on(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        let next = self.durability.next_step(at)?;
-        next.map_or(Ok(()), |request| self.give(at, job, request))
+        let next = self.durability.next_step(at, &self.chain)?;
+        next.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
     /// Notes how a flush has ended.

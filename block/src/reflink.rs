@@ -1,8 +1,8 @@
 //! Flushes after a fork on a file system with reflinks (XFS, Btrfs): a new image that shares blocks
 //! with the old one, instead of a journal.
 //!
-//! A fork makes the image read-only. The first flush after it clones the image (FICLONE, which
-//! copies no data), adds the clusters that the map has in other files (`copy_file_range`, which
+//! A fork makes the image read-only. The first flush after it syncs the image, clones it (FICLONE, which
+//! copies no data, and would write back on the device's thread what the sync has written), adds the clusters that the map has in other files (`copy_file_range`, which
 //! shares blocks too), syncs the copy, and renames it to the image's name. The rename is one step:
 //! under its name the image is always whole, and has all flushed data. Clones keep the old image,
 //! which then has no name.
@@ -27,6 +27,7 @@ use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, 
 
 use super::directory::{Directory, failed, not_synced};
 use super::map::{BlockMap, CLUSTER, ClusterSource, push_run};
+use super::steps_trace::step;
 
 /// The suffix of a new image's name until it takes the image's name.
 const SUFFIX: &str = ".clade-new";
@@ -47,6 +48,10 @@ struct ReflinkWrite {
     moved: Vec<Range<u64>>,
     synced: Vec<Arc<IoFile>>,
     map: BlockMap,
+    /// Whether the new image is still to be cloned.
+    is_to_clone: bool,
+    /// Whether the base was written since its last sync.
+    dirty: bool,
     step: ReflinkStep,
 }
 
@@ -158,7 +163,7 @@ impl ReflinkImage {
     /// Begins to make the clusters of `map` durable. Returns the first requests for the kernel.
     ///
     /// # Errors
-    /// When a new image is impossible. If there has never been one, a journal takes its place.
+    /// When a write was lost.
     pub(super) fn begin(&mut self, map: &BlockMap, dirty: bool) -> Result<Vec<Request>, FileError> {
         let overlays = map.sizes().into_iter().map(|(file, _)| file).filter(|file| !Arc::ptr_eq(file, &self.base));
         let overlays: Vec<_> = overlays.collect();
@@ -171,16 +176,14 @@ impl ReflinkImage {
         if self.file.is_none() && map.is_all(0..self.size.div_ceil(CLUSTER), &self.base) {
             return Ok(requests);
         }
-        if self.whole {
-            self.next = Some(Arc::new(self.make()?));
-        }
         let synced: Vec<_> = overlays.into_iter().filter(|file| file.take_unsynced()).collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
         let all = 0..self.size.div_ceil(CLUSTER);
-        let moved = if self.whole { vec![all] } else { mem::take(&mut self.moved) };
+        let is_to_clone = mem::take(&mut self.whole);
+        let moved = if is_to_clone { vec![all] } else { mem::take(&mut self.moved) };
         self.moved.clear();
-        self.whole = false;
-        self.writing = Some(ReflinkWrite { moved, synced, map: map.clone(), step: ReflinkStep::Data });
+        self.writing =
+            Some(ReflinkWrite { moved, synced, map: map.clone(), is_to_clone, dirty, step: ReflinkStep::Data });
         Ok(requests)
     }
 
@@ -194,6 +197,7 @@ impl ReflinkImage {
             return Err(failed(current.path(), "found by its name")(io::ErrorKind::NotFound.into()));
         }
         let file = self.beside.new_image(0, self.base.path(), self.policy)?;
+        step(|| format!("clone {}", self.name)).map_err(failed(self.base.path(), "cloned"))?;
         ioctl_ficlone(&file, &*self.base).map_err(|error| failed(self.base.path(), "cloned")(error.into()))?;
         self.copy_attributes(&file)?;
         file.try_lock().map_err(failed(self.base.path(), "locked"))?;
@@ -230,7 +234,12 @@ impl ReflinkImage {
     /// # Errors
     /// When a step fails. [`ReflinkImage::give_up`] must be called then.
     pub(super) fn next(&mut self) -> Result<Option<Request>, FileError> {
+        // The map's instant and the image's are the same: the image is read-only since the fork.
+        if self.is_to_clone() {
+            self.next = Some(Arc::new(self.make()?));
+        }
         let Some(writing) = &mut self.writing else { return Ok(None) };
+        writing.is_to_clone = false;
         let Some(to) = self.next.as_ref().or(self.file.as_ref()) else { return Ok(None) };
         match writing.step {
             ReflinkStep::Data => {
@@ -265,6 +274,22 @@ impl ReflinkImage {
         }
     }
 
+    /// Whether a flush is still to clone the image.
+    fn is_to_clone(&self) -> bool {
+        self.writing.as_ref().is_some_and(|writing| writing.is_to_clone)
+    }
+
+    /// Ends a flush that cannot clone the image, if there has never been a new image: a journal takes its place. Returns
+    /// whether the base was written since its last sync before the flush.
+    pub(super) fn give_up_for_a_journal(&mut self) -> Option<bool> {
+        let dirty = self.writing.as_ref().filter(|writing| writing.is_to_clone)?.dirty;
+        if self.is_image() || self.broken {
+            return None;
+        }
+        self.give_up(false);
+        Some(dirty)
+    }
+
     /// Whether a flush syncs the new image: the overlays and the base are durable.
     pub(super) fn syncs_new_image(&self) -> bool {
         self.writing.as_ref().is_some_and(|writing| writing.step != ReflinkStep::Data)
@@ -277,7 +302,7 @@ impl ReflinkImage {
         // A sync that fails later is of the new image.
         not_synced(&writing.synced, lost && writing.step == ReflinkStep::Data);
         // The rename may not be durable: another new image is made.
-        if self.next.take().is_some() || writing.step == ReflinkStep::Named {
+        if self.next.take().is_some() || writing.is_to_clone || writing.step == ReflinkStep::Named {
             self.replaced();
         } else if !self.whole {
             writing.moved.append(&mut self.moved);

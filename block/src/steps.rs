@@ -173,8 +173,8 @@ impl Disk {
         self.requests.insert_later(Job::new(token, start, end - start, JobKind::Write(zeros)));
     }
 
-    /// Whether the kernel has lost writes to a file that the job has read clusters from. It may have given back their older
-    /// bytes while it read: those would be made durable in another file.
+    /// Whether the kernel has lost writes to a file that the job has read clusters from. It may have given back their
+    /// older bytes: those would be made durable in another file.
     fn has_read_lost(&self, job: &Job) -> bool {
         let edges = [&job.edges.head, &job.edges.tail];
         let clusters = match &job.work {

@@ -108,8 +108,8 @@ fn no_flush_succeeds_after_a_copy_has_found_a_loss() {
     }
 }
 
-/// The rest of a cluster that is written in part is read from a file whose writeback fails meanwhile. The file is not in
-/// the disk's map afterwards.
+/// The rest of a cluster that is written in part is read from a file whose writeback fails meanwhile. The file is not
+/// in the disk's map afterwards.
 #[test]
 fn no_flush_succeeds_after_the_rest_of_a_cluster_was_lost_while_it_was_read() {
     for is_lost in [true, false] {

@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use super::*;
+use crate::steps_trace::testing::traced;
+use crate::testutil::{read, write};
+use crate::{Disk, DiskConfig};
 
 const SIZE: u64 = 4 * CLUSTER;
 
@@ -51,7 +54,8 @@ impl Bench {
         let mut map = BlockMap::new(SIZE / CLUSTER, ClusterSource::File(Arc::clone(&self.reflink.base)));
         map.insert(1..2, ClusterSource::File(Arc::clone(&self.overlay)));
         let (moved, synced) = (vec![moved], vec![Arc::clone(&self.overlay)]);
-        self.reflink.writing = Some(ReflinkWrite { moved, synced, map, step: ReflinkStep::Data });
+        self.reflink.writing =
+            Some(ReflinkWrite { moved, synced, map, is_to_clone: false, dirty: false, step: ReflinkStep::Data });
     }
 
     fn inode(&self) -> u64 {
@@ -128,4 +132,36 @@ fn a_new_image_that_cannot_be_synced_gets_no_name() {
     assert!(bench.reflink.next.is_none() && bench.reflink.whole && bench.reflink.is_broken());
     let map = BlockMap::new(SIZE / CLUSTER, ClusterSource::File(Arc::clone(&bench.overlay)));
     assert!(bench.reflink.begin(&map, true).is_err(), "the system says it once");
+}
+
+/// FICLONE writes back the image's pages on the device's thread, unless they were synced before.
+#[test]
+fn an_image_is_synced_before_its_clone_and_a_journal_follows_one_that_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    fs::write(&path, vec![1; SIZE as usize]).unwrap();
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    if disk.durability.reflink().is_some() {
+        return clade_test_support::skipped("the temporary directory has reflinks");
+    }
+    let (beside, name) = place(&path).unwrap();
+    let base = Arc::clone(disk.chain.base().unwrap());
+    let (file, next, writing) = (None, None, None);
+    let (size, policy, moved) = (SIZE, CachePolicy::Host, Vec::new());
+    let reflink =
+        ReflinkImage { beside, name, base, size, policy, file, next, moved, whole: true, broken: false, writing };
+    disk.durability.set_reflink(reflink);
+    write(&mut disk, 0, &[2; CLUSTER as usize]);
+    drop(disk.fork());
+    write(&mut disk, CLUSTER, &[3; CLUSTER as usize]);
+    let (flushed, steps) = traced(None, || disk.flush_now());
+    flushed.unwrap();
+    let at = |what: &str| steps.iter().position(|step| step == what).unwrap_or_else(|| panic!("{what}: {steps:?}"));
+    assert!(at("engine: sync disk.img") < at("clone disk.img"), "{steps:?}");
+    assert!(at("clone disk.img") < at("mkdir disk.img.clade-journal"), "{steps:?}");
+    assert!(disk.durability.reflink().is_none() && !disk.health().lost);
+    // Also what was written in place before the fork: the journal has the image's state.
+    drop(disk);
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    assert_eq!(read(&mut disk, 0, 2 * CLUSTER as usize), [[2; CLUSTER as usize], [3; CLUSTER as usize]].concat());
 }
