@@ -136,11 +136,29 @@ fn a_large_directory_that_is_moved_to_a_watched_one_ends_the_watch_and_makes_roo
         let flat = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
         let make = async || client.call::<_, Watcher>("filesystem.Filesystem/CreateWatcher", &flat).await;
         // In place of the one that has ended, too.
-        for _ in 1..128 {
-            make().await.unwrap();
+        let (mut made, mut waits) = (1, 0);
+        let full = loop {
+            let error = match make().await {
+                Ok(_) => {
+                    made += 1;
+                    continue;
+                }
+                Err(ClientError::Rpc(error)) => error,
+                Err(error) => panic!("{error}"),
+            };
+            // The kernel's are as many as the agent's by default, and other tests and programs have some.
+            let is_the_kernels = error.message.contains("os error 24");
+            if !is_the_kernels || waits == 100 {
+                break error;
+            }
+            waits += 1;
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        };
+        assert_eq!(full.code, Code::ResourceExhausted, "{full}");
+        if waits == 100 {
+            return clade_test_support::skipped("other programs of this user have instances of inotify");
         }
-        let full = make().await.unwrap_err();
-        assert!(matches!(&full, ClientError::Rpc(error) if error.code == Code::ResourceExhausted), "{full}");
+        assert_eq!(made, 128, "{full}");
     });
 }
 
