@@ -423,8 +423,8 @@ impl Store {
     }
 }
 
-/// Has KSM merge no memory of this process, where its parent chose otherwise for all its children: merged pages of zeros
-/// become the zero page, and the pagemap no longer shows that a mapping owns them.
+/// Has KSM merge no memory of this process, where its parent chose otherwise for all its children: merged pages of
+/// zeros become the zero page, and the pagemap no longer shows that a mapping owns them.
 fn do_not_merge_pages() {
     // SAFETY: this request takes integers alone.
     if unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, 0, 0, 0, 0) } < 0 {

@@ -135,8 +135,8 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     commit_overlays(disks) && !is_left
 }
 
-/// Takes the disks of a stopped VM. Waits for the kernel to end their requests: a disk that is dropped before loses what
-/// was written since a fork. A signal ends a wait of more than [`LAST_WORK`].
+/// Takes the disks of a stopped VM. Waits for the kernel to end their requests: a disk that is dropped before loses
+/// what was written since a fork. A signal ends a wait of more than [`LAST_WORK`].
 ///
 /// Returns also whether a disk is left with overlays to be committed.
 fn take_disks(vm: &Vm, shutdown: &ShutdownSignal) -> (Vec<Disk>, bool) {

@@ -118,7 +118,8 @@ struct TransportRegisters {
 }
 
 impl TransportRegisters {
-    /// Checks that saved queues are those of this device. A longer one would give its driver more than the device offers.
+    /// Checks that saved queues are those of this device. A longer one would give its driver more than the device
+    /// offers.
     fn expect_queues(&self, state: &TransportState) -> Result<(), RestoreError> {
         let (found, queues) = (state.queues.len(), self.queues.len());
         if found != queues {

@@ -5,7 +5,7 @@
 //! | event | why it survives | effect |
 //! |---|---|---|
 //! | start-up IPI | `KVM_SET_MP_STATE` can only set it | an AP that waits for one starts |
-//! | SMI, and NMI before Linux 6.4, that KVM has not looked at | a request, not yet an event | delivered to the restored state |
+//! | SMI (before Linux 6.4 also NMI) that KVM has not looked at | a request, not yet an event | it is delivered |
 //! | SMI, SMM | restored after `KVM_SET_MP_STATE` | KVM refuses an AP's wait for INIT or SIPI |
 //! | triple fault | restored where a state has one | the VM shuts down |
 //! | async page faults | in no state | reports a page that the guest never waited for |
@@ -39,8 +39,8 @@ pub(crate) fn forget_pending(
     lapic: Option<&kvm_lapic_state>,
 ) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // NMIs and SMIs that KVM has not looked at become pending here, where the next call drops them. Otherwise they would
-    // once the vCPU runs on.
+    // NMIs and SMIs that KVM has not looked at become pending here, where the next call drops them. Otherwise they
+    // would once the vCPU runs on.
     vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     // Before the others: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.

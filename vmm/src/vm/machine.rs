@@ -372,8 +372,8 @@ impl Vm {
         self.devices.with_block(index, |block| block.with_disk(with)).flatten()
     }
 
-    /// Takes the disks of a stopped VM, in their order, to be committed, exported or dropped. Takes none while the VM has
-    /// not stopped.
+    /// Takes the disks of a stopped VM, in their order, to be committed, exported or dropped. Takes none while the VM
+    /// has not stopped.
     pub fn take_disks(&self) -> TakenDisks {
         let mut taken = TakenDisks::default();
         if self.stopped().is_none() {

@@ -317,8 +317,8 @@ impl BlockService {
         self.memory_wait.is_none() && !self.replay_queue.is_empty() && self.has_room()
     }
 
-    /// Begins again chains that were in flight when the state was saved, or for whose pages there was no memory, up to a
-    /// batch.
+    /// Begins again chains that were in flight when the state was saved, or for whose pages there was no memory: up
+    /// to a batch.
     fn replay(&mut self) {
         for _ in 0..BATCH {
             if !self.may_redo() {

@@ -165,7 +165,8 @@ fn a_mapping_that_fails_half_way_leaves_no_address_to_others() {
     assert!(at.is_torn(), "its bytes are lost");
 }
 
-/// Linux replaces zeros by the zero page when it splits a huge page, and the pagemap then shows none of this mapping's own.
+/// Linux replaces zeros by the zero page when it splits a huge page, and the pagemap then shows no page of this
+/// mapping's own.
 #[test]
 fn anonymous_guest_memory_is_never_in_huge_pages() {
     if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {

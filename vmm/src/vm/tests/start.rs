@@ -67,7 +67,7 @@ fn a_reset_to_a_state_that_is_refused_is_an_error_and_another_reset_mends_it() {
     goes_on(&vm, &PAIRS).unwrap();
 }
 
-/// A vCPU's thread that held it would keep all layers that the image alone shows, for the VM's whole life.
+/// A vCPU's thread that held it would keep all layers that only the image shows, for the VM's whole life.
 #[test]
 fn no_vcpu_thread_holds_an_image_that_it_has_loaded() {
     let Some(host) = host() else { return };
