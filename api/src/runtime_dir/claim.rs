@@ -2,6 +2,7 @@
 //! name.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -186,7 +187,7 @@ impl NameClaim {
     /// removed these, the rest is removed here.
     pub fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
         let (mut dead, entries) = (Vec::new(), dir.entries()?);
-        Self::remove_rests(dir, entries.iter().filter_map(|file| file.to_str()));
+        Self::remove_rests(dir, &entries);
         for file in entries {
             // An owner may die after either file was removed, or before it was made.
             let ending = |file: &'_ str| {
@@ -210,12 +211,11 @@ impl NameClaim {
     }
 
     /// Removes the last files of those names among `files` whose owners are dead, and have removed the others.
-    fn remove_rests<'a>(dir: &RuntimeDir, files: impl Iterator<Item = &'a str> + Clone) {
-        let names = |endings: [&'static str; 2]| {
-            let name = move |file: &'a str| {
-                endings.into_iter().find_map(|ending| file.strip_suffix(ending)?.strip_suffix('.'))
-            };
-            files.clone().filter_map(name).collect::<BTreeSet<_>>()
+    fn remove_rests(dir: &RuntimeDir, files: &[OsString]) {
+        let names = |endings: [&str; 2]| -> BTreeSet<&str> {
+            let files = files.iter().filter_map(|file| file.to_str());
+            let name = |file| endings.iter().find_map(|ending| str::strip_suffix(file, ending)?.strip_suffix('.'));
+            files.filter_map(name).collect()
         };
         let known = names([CONTROL, VM]);
         for name in names([END, LOCK]).difference(&known) {

@@ -120,7 +120,7 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     if let Some(ahead) = ahead {
         ahead.end(&vm);
     }
-    let (disks, is_left) = if was_booted { take_disks(&vm, &shutdown) } else { (Vec::new(), false) };
+    let (disks, is_left) = if was_booted { take_disks(&vm, shutdown) } else { (Vec::new(), false) };
     vm_host.remove();
     drop(vm);
     let until = Instant::now() + LAST_WORK;

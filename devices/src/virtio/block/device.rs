@@ -145,8 +145,7 @@ impl Block {
     /// Stops the device for good, and returns its disk.
     ///
     /// # Errors
-    /// When requests of the disk have not ended within [`RESET_PATIENCE`]. The device keeps the disk, which another
-    /// call may take.
+    /// When requests of the disk have not ended within 2 s. The device keeps the disk, which another call may take.
     pub fn take_disk(&mut self) -> Result<Disk, DiskNotTaken> {
         if !self.deactivate() {
             return Err(DiskNotTaken::InUse);
