@@ -286,7 +286,7 @@ mod tests {
     use std::fs;
 
     use clade_devices::virtio::net::Mac;
-    use clade_test_support::write_program;
+    use clade_test_support::{wait_eq, write_program};
     use clade_vmm::vm::NetIdentity;
 
     use super::*;
@@ -312,6 +312,11 @@ mod tests {
 
     fn log(dir: &Path) -> Vec<String> {
         fs::read_to_string(dir.join("log")).unwrap_or_default().lines().map(str::to_owned).collect()
+    }
+
+    /// Waits until no interface is to be taken down.
+    fn taken_down(hook: &NetHook) {
+        wait_eq("interfaces are still to be taken down", &0, || *hook.shared.downs());
     }
 
     #[test]
@@ -341,12 +346,12 @@ mod tests {
         let all = [("a", "tap0"), ("b", "bad"), ("c", "tap2")].map(|(vm, tap)| interfaces(vm, None, &[tap]));
         let refused = hook.up(all.into()).map(drop).unwrap_err().to_string();
         assert!(refused.ends_with("bad of b: exit code 3: no address left"), "{refused}");
-        hook.up(Vec::new()).unwrap().keep();
+        taken_down(&hook);
         let events: Vec<String> = log(dir.path()).iter().map(|line| line[..line.len() - 23].to_owned()).collect();
         assert_eq!(events, ["up a tap0", "up b bad", "down b bad", "down a tap0"]);
         // A request that fails later.
         drop(hook.up(vec![interfaces("a", None, &["tap0"])]).unwrap());
-        hook.up(Vec::new()).unwrap().keep();
+        taken_down(&hook);
         assert!(log(dir.path()).last().unwrap().starts_with("down a tap0"));
     }
 
