@@ -115,6 +115,16 @@ def test_an_answer_that_is_cut_off_is_an_error_of_this_client(tmp_path, kind, as
     assert isinstance(caught.value.__cause__, (httpx.RemoteProtocolError, httpx.ReadError))
 
 
+@pytest.mark.parametrize(("kind", "ask"), [(Transport, plain_call), (AsyncTransport, awaited_call)])
+@pytest.mark.parametrize("answer", [b"", b"<html>Log in.</html>", b"\xff\xfe["])
+def test_an_answer_of_another_program_is_an_error_of_this_client(kind, ask, answer):
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=answer))
+    with pytest.raises(CladeError, match="not the daemon's") as caught:
+        ask(kind("http://daemon", transport=transport))
+    assert (caught.value.kind, caught.value.status) == ("unknown", 200)
+    assert caught.value.__cause__ is not None
+
+
 class Reasoned(CladeError):
     """A class of somebody else's, whose arguments differ."""
 

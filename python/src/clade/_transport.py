@@ -61,6 +61,16 @@ def _refusal(status: int, text: bytes) -> CladeError:
         return CladeError("unknown", status, "The answer is not the daemon's.", text[:200].decode(errors="replace"))
 
 
+def _parsed(answer: bytes) -> Any:
+    """The value of an answer in JSON. A program between this client and the daemon may have sent another answer."""
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        text = answer[:200].decode(errors="replace")
+        title = "The answer is not the daemon's."
+        raise CladeError("unknown", 200, title, f"the answer is not the daemon's: {text!r}") from error
+
+
 def _failure(where: str, error: httpx.RequestError) -> CladeError:
     """The caller gets this error for a request that has no whole answer."""
     why = str(error) or type(error).__name__
@@ -98,7 +108,7 @@ class Transport:
         self, method: str, path: str, body: object = None, query: Query | None = None, headers: Headers | None = None
     ) -> Any:
         """The answer, from JSON."""
-        return json.loads(self._ask(method, path, body, query, headers))
+        return _parsed(self._ask(method, path, body, query, headers))
 
     def data(
         self, method: str, path: str, body: object = None, query: Query | None = None, headers: Headers | None = None
@@ -170,7 +180,7 @@ class AsyncTransport:
         self, method: str, path: str, body: object = None, query: Query | None = None, headers: Headers | None = None
     ) -> Any:
         """The answer, from JSON."""
-        return json.loads(await self._ask(method, path, body, query, headers))
+        return _parsed(await self._ask(method, path, body, query, headers))
 
     async def data(
         self, method: str, path: str, body: object = None, query: Query | None = None, headers: Headers | None = None
