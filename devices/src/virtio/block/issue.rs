@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO
 use vm_memory::GuestAddress;
 
 use super::request::{BlockRequest, RequestKind};
-use super::service::{BlockService, MEMORY_WAIT};
+use super::service::{BlockService, MEMORY_WAIT, MEMORY_WARN};
 use super::state::InFlight;
 use crate::virtio::chain::Segment;
 use crate::virtio::{YieldRequest, dma};
@@ -125,7 +125,7 @@ impl BlockService {
             return;
         }
         let (ram, pending) = (&self.ram, &mut self.pending);
-        let mut is_short = false;
+        let mut short = None;
         #[cfg(test)]
         let is_short_of_memory = self.is_short_of_memory;
         let memory = |piece: &Transfer| {
@@ -143,8 +143,8 @@ impl BlockService {
                     && let Some(request) = request
                 {
                     // A guest gives up a file system after one error of its disk.
-                    tracing::debug!(%error, "a request is repeated when there is memory");
-                    (is_short, request.redo) = (true, true);
+                    request.redo = true;
+                    short = Some(error.to_string());
                 } else {
                     tracing::warn!(%error, "memory of a request");
                 }
@@ -152,9 +152,20 @@ impl BlockService {
             })
         };
         self.disk.issue(memory, || should_yield.is_set());
-        if is_short {
-            self.memory_wait = Some(Instant::now() + MEMORY_WAIT);
+        if let Some(error) = short {
+            self.wait_for_memory(&error);
         }
+    }
+
+    /// Notes that requests are to be repeated when there is memory.
+    fn wait_for_memory(&mut self, error: &str) {
+        let now = Instant::now();
+        if self.memory_warned.is_none_or(|warned| now - warned >= MEMORY_WARN) {
+            self.memory_warned = Some(now);
+            let disk = self.disk.config().path.display();
+            tracing::warn!(error, %disk, "requests to a disk wait for memory");
+        }
+        self.memory_wait = Some(now + MEMORY_WAIT);
     }
 
     /// Returns a request that has ended in the disk to the driver.

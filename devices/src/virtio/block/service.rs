@@ -38,6 +38,9 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Delay before requests are repeated for whose pages the host had no memory.
 pub(super) const MEMORY_WAIT: Duration = Duration::from_millis(20);
 
+/// The interval of the warnings about that.
+pub(super) const MEMORY_WARN: Duration = Duration::from_secs(10);
+
 /// A request that waits for the limiter. Since it was popped, it counts as in flight.
 #[derive(Debug)]
 struct Delayed {
@@ -79,6 +82,8 @@ pub(super) struct BlockService {
     retry: Option<Instant>,
     /// When to repeat requests for whose pages the host had no memory. None is repeated before.
     pub(super) memory_wait: Option<Instant>,
+    /// When the log last said that.
+    pub(super) memory_warned: Option<Instant>,
     /// For each queue, whether it must be read.
     ready: Vec<bool>,
     /// The queue that is read first.
@@ -119,6 +124,7 @@ impl BlockService {
             delayed: None,
             retry: None,
             memory_wait: None,
+            memory_warned: None,
             ready: vec![false; count],
             first: 0,
             halting: false,
