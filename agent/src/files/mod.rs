@@ -2,6 +2,7 @@
 
 mod download;
 mod upload;
+mod writing;
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use hyper::http::request::Parts;
 
+use super::writing::{WriteError, WrittenFile};
 use super::{Refusal, Wanted, bad, failed, open_regular, refusal};
 use crate::filesystem::metadata;
 use crate::http::{BodyError, Reply, Shared, json, piece, text};
@@ -88,7 +89,7 @@ impl Body {
 
 /// A file being written.
 struct Writer {
-    file: Arc<File>,
+    file: Arc<WrittenFile>,
     path: PathBuf,
     pending: Vec<u8>,
     is_whole: bool,
@@ -104,13 +105,22 @@ impl Drop for Writer {
     }
 }
 
+fn not_written(what: &str, path: &Path, error: WriteError) -> Refusal {
+    match error {
+        WriteError::Superseded => {
+            (StatusCode::CONFLICT, format!("another upload has begun to write {}", path.display()))
+        }
+        WriteError::File(error) => failed(what, path, &error),
+    }
+}
+
 async fn elsewhere<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
 ) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(work).await.map_err(|_| internal())?
 }
 
-fn create(path: &Path, user: &User) -> Result<File, Refusal> {
+fn create(path: &Path, user: &User, mode: Option<u32>) -> Result<WrittenFile, Refusal> {
     if let Some(dir) = path.parent() {
         paths::make_dirs(dir, user).map_err(|error| failed("error ensuring directories", path, &error))?;
     }
@@ -123,25 +133,22 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
         return Err(bad(format_args!("path is no regular file: {}", path.display())));
     }
     let mut options = File::options();
-    let opened = open_regular(options.write(true).create(true).truncate(true).mode(0o666), path);
+    // Emptied below, when no earlier upload writes it any more.
+    let opened = open_regular(options.write(true).create(true).truncate(false).mode(0o666), path);
     let file = opened.map_err(|error| failed("error opening file", path, &error))?;
     paths::fchown_to(&file, user).map_err(|error| failed("error changing file ownership", path, &error))?;
-    Ok(file)
+    if let Some(mode) = mode {
+        let set = file.set_permissions(Permissions::from_mode(mode));
+        set.map_err(|error| failed("error changing permissions", path, &error))?;
+    }
+    WrittenFile::begin(file).map_err(|error| failed("error emptying file", path, &error))
 }
 
 impl Writer {
     /// Creates the file, and sets its permissions before it has content.
     async fn create(path: PathBuf, wanted: &Wanted) -> Result<Self, Refusal> {
         let (opened, user, mode) = (path.clone(), wanted.user.clone(), wanted.mode);
-        let work = move || {
-            let file = create(&opened, &user)?;
-            if let Some(mode) = mode {
-                let set = file.set_permissions(Permissions::from_mode(mode));
-                set.map_err(|error| failed("error changing permissions", &opened, &error))?;
-            }
-            Ok(file)
-        };
-        let file = elsewhere(work).await?;
+        let file = elsewhere(move || create(&opened, &user, mode)).await?;
         Ok(Self { file: Arc::new(file), path, pending: Vec::new(), is_whole: false })
     }
 
@@ -156,7 +163,7 @@ impl Writer {
         }
         let (file, bytes) = (Arc::clone(&self.file), std::mem::take(&mut self.pending));
         let path = self.path.clone();
-        let work = move || (&*file).write_all(&bytes).map_err(|error| failed("error writing file", &path, &error));
+        let work = move || file.write_all(&bytes).map_err(|error| not_written("error writing file", &path, error));
         elsewhere(work).await
     }
 
@@ -170,8 +177,10 @@ impl Writer {
             kind: "file".into(),
             metadata: notes.clone(),
         };
-        let work =
-            move || metadata::write(&file, &notes).map_err(|error| failed("error writing metadata", &path, &error));
+        let work = move || {
+            let noted = file.locked(|file| Ok(metadata::write(file, &notes)?));
+            noted.map_err(|error| not_written("error writing metadata", &path, error))
+        };
         elsewhere(work).await?;
         Ok(written)
     }

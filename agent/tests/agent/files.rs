@@ -178,6 +178,30 @@ fn an_upload_that_breaks_off_is_an_error() {
     run(async { agent.client().health().await.unwrap() });
 }
 
+/// The agent has not noticed that the first one is over.
+#[test]
+fn an_upload_that_is_sent_again_has_no_byte_of_the_first() {
+    let agent = Agent::start();
+    let path = agent.path("again");
+    let mut first = agent.raw();
+    let head = format!(
+        "POST /files?path={path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/octet-stream\r\nContent-Length: 600000\r\n\r\n"
+    );
+    let write =
+        |mut stream: &std::os::unix::net::UnixStream, bytes: &[u8]| std::io::Write::write_all(&mut stream, bytes);
+    write(&first, &[head.as_bytes(), &[1; 300_000]].concat()).unwrap();
+    clade_test_support::wait_until("its first bytes", || std::fs::metadata(&path).is_ok_and(|file| file.len() > 0));
+    run(async {
+        assert_eq!(put(&agent.client(), &path, &[2; 200_000]).await.unwrap(), path);
+    });
+    // The agent may end the connection first.
+    let _ = write(&first, &[1; 300_000]);
+    let mut answer = String::new();
+    let _ = std::io::Read::read_to_string(&mut first, &mut answer);
+    assert!(answer.starts_with("HTTP/1.1 409 ") && answer.contains("another upload"), "{answer}");
+    assert!(std::fs::read(&path).unwrap() == [2; 200_000]);
+}
+
 #[test]
 fn the_answer_of_a_wrong_call_is_an_error_of_its_kind() {
     let agent = Agent::start();
