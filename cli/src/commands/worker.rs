@@ -135,8 +135,8 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     commit_overlays(disks) && !is_left
 }
 
-/// Takes the disks of a stopped VM. Waits for the kernel to end their requests: a disk that is dropped before loses
-/// what was written since a fork. A signal ends a wait of more than [`LAST_WORK`].
+/// Takes the disks of a stopped VM. Waits for the kernel to end the requests of those with overlays: such a disk loses
+/// what was written since a fork when it is dropped before. A signal ends a wait of more than [`LAST_WORK`].
 ///
 /// Returns also whether a disk is left with overlays to be committed.
 fn take_disks(vm: &Vm, shutdown: &ShutdownSignal) -> (Vec<Disk>, bool) {
@@ -145,7 +145,9 @@ fn take_disks(vm: &Vm, shutdown: &ShutdownSignal) -> (Vec<Disk>, bool) {
     loop {
         let taken = vm.take_disks();
         disks.extend(taken.disks);
-        if taken.in_use.is_empty() {
+        let is_forked = |at: &usize| vm.with_disk(*at, |disk| has_overlays(disk)).unwrap_or(true);
+        let left: Vec<usize> = taken.in_use.into_iter().filter(is_forked).collect();
+        if left.is_empty() {
             return (disks, false);
         }
         if !said && begun.elapsed() > SAY_AFTER {
@@ -153,16 +155,12 @@ fn take_disks(vm: &Vm, shutdown: &ShutdownSignal) -> (Vec<Disk>, bool) {
             said = true;
         }
         if shutdown.signal().is_some() && begun.elapsed() > LAST_WORK {
-            let is_lost = |at: &usize| vm.with_disk(*at, |disk| has_overlays(disk)).unwrap_or(true);
-            let lost: Vec<usize> = taken.in_use.into_iter().filter(is_lost).collect();
-            for at in &lost {
-                let path = vm.config().disks.get(*at).map(|spec| spec.disk.path.display().to_string());
-                let path = path.unwrap_or_default();
-                say!(
-                    "\r\nclade: what was written since the VM was forked is not in {path}: its requests have not ended\r"
-                );
+            for spec in left.iter().filter_map(|at| vm.config().disks.get(*at)) {
+                let path = spec.disk.path.display();
+                let why = "its requests have not ended";
+                say!("\r\nclade: what was written since the VM was forked is not in {path}: {why}\r");
             }
-            return (disks, !lost.is_empty());
+            return (disks, true);
         }
         std::thread::sleep(LEASE_POLL);
     }
