@@ -70,6 +70,13 @@ impl ImageRequestLimiter {
     }
 }
 
+/// A change of the network of one VM, until this is dropped.
+#[derive(Debug)]
+pub(super) struct NetworkTurn<P> {
+    pub(super) process: P,
+    _turn: OwnedMutexGuard<()>,
+}
+
 /// Changes of VMs' networks: one at a time for each VM.
 #[derive(Debug, Default)]
 pub(super) struct NetworkChanges {
@@ -87,9 +94,19 @@ impl NetworkChanges {
         self.pending.begin(vm)
     }
 
-    /// Waits until no other change of the network of `vm` is under way.
-    pub(super) async fn begin(&self, vm: &str) -> OwnedMutexGuard<()> {
-        self.turns.of(vm, AsyncMutex::default).lock_owned().await
+    /// Waits until no other change of the network of `vm` is under way. Returns the process of the VM, which `recorded`
+    /// finds. None if another VM has the name after the wait.
+    ///
+    /// # Errors
+    /// When `recorded` finds no VM, before the wait or after it.
+    pub(super) async fn begin<P: PartialEq, E, F: Future<Output = Result<P, E>>>(
+        &self,
+        vm: &str,
+        recorded: impl Fn() -> F,
+    ) -> Result<Option<NetworkTurn<P>>, E> {
+        let process = recorded().await?;
+        let turn = self.turns.of(vm, AsyncMutex::default).lock_owned().await;
+        Ok((recorded().await? == process).then_some(NetworkTurn { process, _turn: turn }))
     }
 }
 
@@ -139,6 +156,10 @@ impl Drop for ForwardPermit {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
     use super::*;
 
     #[test]
@@ -160,6 +181,25 @@ mod tests {
             drop(held);
             limiter.begin_within("last", soon).await.map(drop).unwrap();
             assert_eq!(limiter.0.0.lock().unwrap().len(), 1, "nobody waits for the others");
+        });
+    }
+
+    #[test]
+    fn a_change_of_a_network_is_not_made_to_the_next_vm_of_the_name() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let (changes, process) = (NetworkChanges::default(), Cell::new(Ok(7)));
+            let begin = || changes.begin("web", || async { process.get() });
+            for (after, begun) in [(Ok(7), Ok(Some(7))), (Ok(8), Ok(None)), (Err("gone"), Err("gone"))] {
+                process.set(Ok(7));
+                let first = begin().await.unwrap().unwrap();
+                let mut second = pin!(begin());
+                let polled = second.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                assert!(polled.is_pending(), "it waits for the first change");
+                process.set(after);
+                drop(first);
+                assert_eq!(second.await.map(|turn| turn.map(|turn| turn.process)), begun);
+            }
         });
     }
 

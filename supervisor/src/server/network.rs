@@ -57,14 +57,13 @@ impl Supervisor {
 async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
     let recorded = || {
         let (supervisor, name) = (supervisor.clone(), name.clone());
-        on_a_thread(THREAD_PATIENCE, move || supervisor.recorded_process(&name))
+        async { Ok::<_, ApiError>(on_a_thread(THREAD_PATIENCE, move || supervisor.recorded_process(&name)).await??) }
     };
     // The VM of now: another may have the name when the earlier changes have ended, or its process has answered.
-    let process = recorded().await??;
-    let _turn = supervisor.0.network_changes.begin(&name).await;
-    if recorded().await?? != process {
+    let Some(turn) = supervisor.0.network_changes.begin(&name, recorded).await? else {
         return Err(DaemonError::NoSuchVm { name }.into());
-    }
+    };
+    let process = turn.process;
     let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
     let set = |link| {
         let (supervisor, name) = (supervisor.clone(), name.clone());
