@@ -4,12 +4,30 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// `F_SETSIG` of fcntl(2), which the library has for glibc alone.
 const F_SETSIG: libc::c_int = 10;
 
+/// How often an open file is looked at, in 2 s in all. The kernel closes the files of an io_uring in a worker of its
+/// own, after the process that used them can be waited for.
+const LOOKS: u32 = 100;
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Whether any other process has the file open, and keeps it open.
+pub(crate) fn stays_open(path: &Path) -> bool {
+    for _ in 0..LOOKS {
+        if !is_open(path) {
+            return false;
+        }
+        thread::sleep(LOOK_INTERVAL);
+    }
+    is_open(path)
+}
+
 /// Whether any other process has the file open.
-pub(crate) fn is_open(path: &Path) -> bool {
+fn is_open(path: &Path) -> bool {
     // Without a disk there is no user.
     let Ok(file) = File::open(path) else { return false };
     // Without leases on the file system, the use is unknown; open files then stay intact for their
@@ -48,5 +66,19 @@ mod tests {
         assert_eq!(open.unwrap_err().raw_os_error(), Some(libc::EWOULDBLOCK), "the lease is broken");
         drop(leased);
         assert!(!is_open(&path));
+    }
+
+    /// What the files of an io_uring do after the end of their process.
+    #[test]
+    fn a_file_that_is_closed_soon_does_not_stay_open() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let user = File::open(&path).unwrap();
+        assert!(is_open(&path));
+        let closes = thread::spawn(move || {
+            thread::sleep(LOOK_INTERVAL);
+            drop(user);
+        });
+        assert!(!stays_open(&path));
+        closes.join().unwrap();
     }
 }

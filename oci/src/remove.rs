@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::digest::Digest;
-use crate::lease::is_open;
+use crate::lease::stays_open;
 use crate::reference::{ImageName, Reference, canonical_name};
 use crate::store::{Image, ImageStore, ImageStoreError};
 
@@ -100,7 +100,7 @@ impl ImageStore {
         };
         let is_last = gone.len() == its.len();
         let disk = self.disk(&digest);
-        if is_last && is_open(&disk) {
+        if is_last && stays_open(&disk) {
             return Err(ImageError::InUse(text.to_owned()));
         }
         names.retain(|name, _| !gone.contains(name));

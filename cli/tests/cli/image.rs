@@ -363,7 +363,10 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let checkpoints = images.clade(&["checkpoints", "--json"]).json();
     let kept = checkpoints[0]["name"].as_str().unwrap();
     assert!(kept.starts_with("image-") && checkpoints.as_array().unwrap().len() == 1, "{checkpoints}");
-    assert_eq!(images.clade(&["rm", kept]).code, Some(0));
-    images.clade(&["stop", "--all"]);
-    assert_eq!(images.clade(&["image", "rm", &name]).code, Some(0));
+    let removed = images.clade(&["rm", kept]);
+    assert_eq!(removed.code, Some(0), "{removed:?}");
+    let stopped = images.clade(&["stop", "--all"]);
+    assert_eq!(stopped.code, Some(0), "{stopped:?}");
+    let removed = images.clade(&["image", "rm", &name]);
+    assert_eq!(removed.code, Some(0), "{removed:?}");
 }
