@@ -211,6 +211,10 @@ mod tests {
             held.push((round, Splice::of(&pin)));
             // The device holds the frame, which the kernel keeps beyond the pin.
             drop(pin);
+            if round % 2 == 0 {
+                // A file is made between these rounds, however late its thread runs.
+                store.wait_reclaimed();
+            }
         }
         for (round, splice) in held {
             assert_eq!(page_of(&splice.read()), round << 32 | 3, "what round {round} showed");
