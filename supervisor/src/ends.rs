@@ -190,6 +190,7 @@ impl Inner {
         let down = self.net_hook.as_ref().map(NetHook::begin_down);
         self.snapshots.forget(&claim.name);
         self.kept_lines.forget(&claim.name);
+        self.idle.forget(&claim.name);
         let name = claim.name.clone();
         let process = VmRecord::found(&self.dir, &name).and_then(|vm_record| vm_record.process);
         // The record of a VM that another supervisor has started.
@@ -204,6 +205,8 @@ impl Inner {
     pub(super) fn forget_earlier(&self, name: &str) {
         self.snapshots.forget(name);
         self.kept_lines.forget(name);
+        // Its process may be there yet, and idle.
+        self.idle.forget(name);
         if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
             // Whoever has the claim knows that its process has given the name back. It may write to its disks yet.
             if let Some((pid, vm)) = vm_record.own_vm(name) {

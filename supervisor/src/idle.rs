@@ -169,6 +169,8 @@ struct Attempt {
     of: Idle,
     name: String,
     dir: PathBuf,
+    /// The VM's process.
+    pid: u32,
     has_failed: bool,
 }
 
@@ -180,7 +182,7 @@ impl Attempt {
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        if let Some(policy) = self.of.policies().by_name.get_mut(&self.name) {
+        if let Some(policy) = self.of.policies().by_name.get_mut(&self.name).filter(|policy| policy.pid == self.pid) {
             (policy.is_tried, policy.since) = (false, Instant::now());
             policy.failures = if self.has_failed { policy.failures.saturating_add(1) } else { 0 };
         }
@@ -197,6 +199,11 @@ impl Idle {
         if let Some(policy) = self.policies().by_name.get_mut(name) {
             policy.since = Instant::now();
         }
+    }
+
+    /// Forgets the VM that had a name: the next VM of that name is another.
+    pub(super) fn forget(&self, name: &str) {
+        self.policies().by_name.remove(name);
     }
 
     /// Returns up to `most` VMs to suspend now, of [`MAX_SUSPENDED`]. Forgets those that have gone. VMs whose last
@@ -220,7 +227,7 @@ impl Idle {
             }
             let Some(policy) = policies.by_name.get_mut(&name) else { continue };
             policy.is_tried = true;
-            due.push(Attempt { of: self.clone(), name, dir: policy.dir.clone(), has_failed: true });
+            due.push(Attempt { of: self.clone(), name, dir: policy.dir.clone(), pid: policy.pid, has_failed: true });
         }
         due
     }
@@ -240,7 +247,7 @@ impl Supervisor {
         }
         let vm_record = VmRecord::expect(&self.0.dir, name)?;
         let gone = || DaemonError::NoSuchVm { name: name.to_owned() };
-        let pid = vm_record.process.map(ProcessId::pid).or_else(|| self.pid_of(name)).ok_or_else(gone)?;
+        let pid = self.recorded_pid(name, &vm_record).ok_or_else(gone)?;
         let (used, now) = (used(pid, None).ok_or_else(gone)?, Instant::now());
         let dir = dir.clone().unwrap_or_else(|| Path::new(super::suspend::DIR).to_owned());
         let after = Duration::from_secs_f64(seconds);
@@ -251,6 +258,22 @@ impl Supervisor {
             self.0.runtime.spawn(watch(Arc::downgrade(&self.0)));
         }
         Ok(())
+    }
+
+    /// Returns the process of a VM that has this record.
+    fn recorded_pid(&self, name: &str, vm_record: &VmRecord) -> Option<u32> {
+        vm_record.process.map(ProcessId::pid).or_else(|| self.pid_of(name))
+    }
+
+    /// Suspends a VM that is due, unless another has its name by now.
+    fn suspend_idle(&self, attempt: Attempt) -> Result<(), DaemonError> {
+        let vm_record = VmRecord::expect(&self.0.dir, &attempt.name)?;
+        if self.recorded_pid(&attempt.name, &vm_record) != Some(attempt.pid) {
+            return Ok(());
+        }
+        let done = self.suspend(&attempt.name, &attempt.dir, &Cancel::default());
+        attempt.end(done.is_ok());
+        done.map(drop)
     }
 
     /// Returns the time after which a VM is suspended.
@@ -291,9 +314,7 @@ async fn watch(of: Weak<Inner>) {
                 let name = attempt.name.clone();
                 let suspend = move || {
                     let _permit = permit;
-                    let done = supervisor.suspend(&attempt.name, &attempt.dir, &Cancel::default());
-                    attempt.end(done.is_ok());
-                    done.map(drop)
+                    supervisor.suspend_idle(attempt)
                 };
                 let suspended = on_a_thread(THREAD_PATIENCE, suspend).await.and_then(|done| Ok(done?));
                 if let Err(error) = suspended {
@@ -389,6 +410,25 @@ mod tests {
         // It comes last, and leaves half of the places to others.
         assert_eq!(names_of(&idle.due(MAX_SUSPENDED / 2)), ["c"]);
         assert_eq!(names_of(&idle.due(MAX_SUSPENDED)), ["b", "c"]);
+    }
+
+    /// The process of an ended VM may live on, idle, until its children have let go of its memory.
+    #[test]
+    fn the_next_vm_of_a_name_is_not_suspended() {
+        let idle = Idle::default();
+        let pid = std::process::id();
+        let policy = policy(Duration::ZERO, pid, used(pid, None).unwrap(), Instant::now());
+        idle.policies().by_name.extend(["web", "other"].map(|name| (name.to_owned(), policy.clone())));
+        let due = idle.due(1);
+        assert_eq!(due[0].name, "other");
+        idle.forget("other");
+        // Of the next VM, whose process is another.
+        let next = Policy { pid: 1, failures: 7, ..policy };
+        idle.policies().by_name.insert("other".to_owned(), next);
+        drop(due);
+        assert_eq!(idle.policies().by_name["other"].failures, 7, "the attempt was another VM's");
+        idle.forget("other");
+        assert_eq!(idle.due(2).iter().map(|attempt| attempt.name.as_str()).collect::<Vec<_>>(), ["web"]);
     }
 
     #[test]
