@@ -27,22 +27,6 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// report late.
 const MAX_SUSPECTED: u32 = 4;
 
-/// VMs that are being made, until this is dropped.
-#[derive(Debug)]
-pub(super) struct LaunchGuard<'a> {
-    of: &'a Inner,
-    names: Vec<String>,
-}
-
-impl Drop for LaunchGuard<'_> {
-    fn drop(&mut self) {
-        let mut launching = self.of.launching.lock().unwrap_or_else(PoisonError::into_inner);
-        for name in &self.names {
-            launching.remove(name);
-        }
-    }
-}
-
 /// Clears up after workers that have ended.
 pub(super) fn watch(exits: &Receiver<WorkerExit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
@@ -83,16 +67,9 @@ impl Inner {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Marks VMs as being made, until the result is dropped.
-    pub(super) fn launching(&self, claims: &[NameClaim]) -> LaunchGuard<'_> {
-        let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
-        self.launching.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
-        LaunchGuard { of: self, names }
-    }
-
     /// Returns the names of VMs that this supervisor announces.
     pub(super) fn own_names(&self) -> BTreeSet<String> {
-        let mut names = self.launching.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut names = self.launching.names();
         names.extend(self.processes.names());
         names
     }
@@ -256,6 +233,7 @@ impl Inner {
             Ok(there) => {
                 ours.extend(self.own_names());
                 self.records.retain(&there);
+                self.launching.note_others(there.difference(&ours).count());
                 self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
             }
             Err(error) => tracing::warn!(%error, "the directory cannot be read"),

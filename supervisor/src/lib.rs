@@ -69,6 +69,7 @@ mod kept;
 mod kill;
 mod launch;
 mod launched_vm;
+mod launching;
 mod metrics;
 mod net_hook;
 mod openapi;
@@ -127,6 +128,7 @@ use idempotency::Keys;
 use idle::Idle;
 pub use idle::used_ticks;
 use kept::{KeptDir, KeptLines};
+use launching::Launching;
 use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
@@ -192,8 +194,7 @@ struct Inner {
     processes: Processes,
     interfaces: HeldInterfaces,
     records: Arc<Records>,
-    /// Names of VMs being made: they have files, and are not announced yet.
-    launching: Mutex<BTreeSet<String>>,
+    launching: Launching,
     /// Held while a VM's end is settled: a name that was reported free is free.
     ends: Mutex<()>,
     image_requests: ImageRequestLimiter,
@@ -253,15 +254,27 @@ impl Supervisor {
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Returns whether the supervisor has no VM, no checkpoint that ends with it, and no request for
-    /// either, and had no request that changes something within `time`.
+    /// Takes no more requests if the supervisor has no VM, no checkpoint that ends with it, and no request
+    /// for either, and had no request that changes something within `time`. Returns whether that is so; the caller
+    /// then closes it.
     #[must_use]
-    pub fn is_idle(&self, time: Duration) -> bool {
-        if self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < time {
+    pub fn ends_if_idle(&self, time: Duration) -> bool {
+        let is_recent = || self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < time;
+        if is_recent() {
             return false;
         }
         let no_vm = self.0.processes.is_empty() && vms_in(self.dir()).is_ok_and(|vms| vms.is_empty());
-        no_vm && self.0.checkpoints.unkept() == 0 && self.0.busy.try_write().is_ok()
+        if !(no_vm && self.0.checkpoints.unkept() == 0 && self.0.busy.try_write().is_ok()) {
+            return false;
+        }
+        self.0.closing.store(true, Ordering::SeqCst);
+        // After the mark: a request that has not seen it is seen here, and one that may have been promised that
+        // the supervisor goes on is obeyed.
+        let goes_on = is_recent();
+        if goes_on {
+            self.0.closing.store(false, Ordering::SeqCst);
+        }
+        !goes_on
     }
 
     /// Waits while an ended VM merges its writes into a disk of `config`: its process has the image

@@ -274,8 +274,7 @@ impl Supervisor {
     ) -> Result<ForkAnswer, DaemonError> {
         let begun = Instant::now();
         // Before the snapshot is opened, which takes longer: a refused request costs little.
-        let claims = self.claim(&stem(&source.dir), vms, &template, cancel)?;
-        let _launching = self.0.launching(&claims);
+        let (claims, _launching) = self.claim(&stem(&source.dir), vms, &template, cancel)?;
         let prepared = self.0.pool.take_opener(&template);
         // The snapshot is opened while its VMs' workers get ready.
         let opening = Cell::new(Some(self.begin_opening(prepared, source, &saved, &template)?));

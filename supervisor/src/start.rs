@@ -22,6 +22,7 @@ use crate::copied_files::CopiedFiles;
 use crate::held_interfaces::HeldInterfaces;
 use crate::idle::Idle;
 use crate::kept::{Found, KeptDir, KeptLines};
+use crate::launching::Launching;
 use crate::net_hook::NetHook;
 use crate::overlays::OverlayDirs;
 use crate::pool::Pool;
@@ -156,7 +157,7 @@ impl Supervisor {
             processes: Processes::default(),
             records: Arc::default(),
             interfaces: HeldInterfaces::default(),
-            launching: Mutex::default(),
+            launching: Launching::beside(earlier.len()),
             ends: Mutex::default(),
             image_requests: ImageRequestLimiter::default(),
             forwarded_requests: ForwardLimiter::default(),

@@ -143,7 +143,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         }
         say!("VMs in {} are supervised", dir.display());
         notify(READY);
-        while shutdown.signal().is_none() && !(until_idle && supervisor.is_idle(IDLE_TIME)) {
+        while shutdown.signal().is_none() && !(until_idle && supervisor.ends_if_idle(IDLE_TIME)) {
             std::thread::sleep(POLL_INTERVAL);
         }
         notify(STOPPING);

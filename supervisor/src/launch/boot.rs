@@ -149,7 +149,7 @@ impl Supervisor {
         let session = request.session.take().map(|name| Session::of(&name, client)).transpose()?;
         let session = session.as_ref().map(|session| session.expect_live(1)).transpose()?;
         let claims = [NameClaim::new(&self.0.dir, &request.name)?];
-        let _launching = self.0.launching(&claims);
+        let _launching = self.0.launching.begin(&claims);
         // Before the wait for writers: its process may be one.
         self.0.forget_earlier(&request.name);
         let config = &mut request.config;

@@ -29,6 +29,7 @@ use std::time::Instant;
 
 use super::checkpoint::Checkpoint;
 use super::launched_vm::LaunchedVm;
+use super::launching::LaunchGuard;
 use super::reidentify::expect_reachable;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
@@ -95,8 +96,7 @@ impl Supervisor {
         self.expect_enforced(vm_record.bounds)?;
         let line = self.0.kept_lines.now(vm, vm_record.process);
         // Before the parent is paused: a refused request costs it nothing.
-        let claims = self.claim(vm, request, &vm_record.template, cancel)?;
-        let _launching = self.0.launching(&claims);
+        let (claims, _launching) = self.claim(vm, request, &vm_record.template, cancel)?;
         let claimed = Instant::now();
         // Its fork and the starts of the children's workers run side by side.
         let (pending_fork, raised) = self.begin_fork(vm, &vm_record)?;
@@ -140,8 +140,7 @@ impl Supervisor {
         let begun = Instant::now();
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
         self.expect_enforced(vm_record.bounds)?;
-        let claims = self.claim(vm, request, &vm_record.template, cancel)?;
-        let _launching = self.0.launching(&claims);
+        let (claims, _launching) = self.claim(vm, request, &vm_record.template, cancel)?;
         let image = self.detached_image(vm, permit, cancel)?;
         let (vm_record, network) = (image.vm_record(), image.network());
         let origin = ChildSource { vm_record, vm: Some(vm), network, learning: None, image: &|| Ok(&image) };
@@ -165,8 +164,7 @@ impl Supervisor {
         expect_no_detach(request)?;
         let checkpoint = self.checkpoint_of(name, cancel)?;
         self.expect_enforced(checkpoint.vm_record().bounds)?;
-        let claims = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
-        let _launching = self.0.launching(&claims);
+        let (claims, _launching) = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;
         Ok(self.forked(name, request, made, &checkpoint, begun))
     }
@@ -187,7 +185,7 @@ impl Supervisor {
         answer
     }
 
-    /// Claims the names of children of `template`, after a check that the host has room.
+    /// Claims the names of children of `template`, after a check that the host has room, and marks them as being made.
     /// [`check_names`] comes first.
     pub(super) fn claim(
         &self,
@@ -195,23 +193,30 @@ impl Supervisor {
         request: &ForkRequest,
         template: &VmTemplate,
         cancel: &Cancel,
-    ) -> Result<Vec<NameClaim>, DaemonError> {
+    ) -> Result<(Vec<NameClaim>, LaunchGuard<'_>), DaemonError> {
         let count = request.count;
         if request.ready {
             expect_reachable(stem, &template.config)?;
         }
         check_host_limits(count, ResourceDemand::of(&template.config))
             .map_err(|source| DaemonError::HostLimit { count, source })?;
-        // With those that are being made.
-        let listed = self.0.own_names();
-        if !request.overcommit {
+        let share = |running: usize| {
+            if request.overcommit {
+                return Ok(());
+            }
             // Those made paused that are to be ready will run.
             let stay_paused = request.paused && !request.ready;
-            let running = if stay_paused { None } else { Some(listed.len()) };
-            check_share(count, running).map_err(|source| DaemonError::HostLimit { count, source })?;
-        }
+            let running = if stay_paused { None } else { Some(running) };
+            check_share(count, running).map_err(|source| DaemonError::HostLimit { count, source })
+        };
+        let (mut launching, listed) = self.0.launching.begin_unnamed(count, || self.0.processes.names(), share)?;
         let check = || self.check(0, count, cancel);
-        claim_names(&self.0.dir, stem, count, request.name.as_deref(), |name| listed.contains(name), check)
+        let listed = |name: &str| listed.contains(name);
+        let claims = claim_names(&self.0.dir, stem, count, request.name.as_deref(), listed, check)?;
+        launching.name(&claims);
+        // Even if the children cannot be made: the drop of a claim removes what is known of an earlier VM.
+        claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
+        Ok((claims, launching))
     }
 
     /// Starts children from an existing image.
@@ -247,7 +252,6 @@ impl Supervisor {
         let children = Children::new(self, origin, request, claims.len(), cancel)?;
         // Held while any is made: a worker's grants must name existing directories.
         let _overlays = self.0.overlays.hold(&origin.vm_record.template.written())?;
-        claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
         let made = self.make(&children, &claims).map_err(|error| children.reason(error))?;
         // Of a worker that was replaced, the later process counts.
         self.note_children((origin.image)()?, &children.processes());
