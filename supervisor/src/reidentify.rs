@@ -28,6 +28,8 @@ const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
 
 /// Most agents notified at a time.
 const MAX_TOLD: usize = 16;
+/// Most VMs stopped at a time.
+const MAX_STOPPED: usize = 16;
 /// Bytes of entropy for each guest's random number generator.
 const ENTROPY: usize = 64;
 /// Time limit until an agent accepts a connection. It first has to notice that its parent's
@@ -160,7 +162,7 @@ impl PendingVms {
     }
 
     /// Stops the VMs. That runs to its end, even if the client goes.
-    async fn stop(mut self) {
+    pub(super) async fn stop(mut self) {
         if let Some(stopping) = self.begin_to_stop() {
             let _ = stopping.await;
         }
@@ -186,13 +188,26 @@ impl Drop for PendingVms {
 }
 
 async fn stop_all(supervisor: &Supervisor, vms: Vec<NewVm>) {
-    for vm in vms {
-        // One that has ended by itself is no longer there, or another has its name.
-        if !supervisor.is_there(&vm) {
-            continue;
+    let (mut stopping, mut waiting) = (JoinSet::new(), vms.into_iter());
+    loop {
+        // A process that does not answer keeps few others waiting: the supervisor may end soon.
+        while stopping.len() < MAX_STOPPED
+            && let Some(vm) = waiting.next()
+        {
+            let supervisor = supervisor.clone();
+            stopping.spawn(async move {
+                // One that has ended by itself is no longer there, or another has its name.
+                if !supervisor.is_there(&vm) {
+                    return;
+                }
+                let request = StopRequest { at_once: true, ..StopRequest::default() };
+                if let Err(error) = supervisor.answer_stop(&vm.name, request).await {
+                    tracing::warn!(?error, vm.name, "a VM that is not ready does not stop");
+                }
+            });
         }
-        if let Err(error) = supervisor.answer_stop(&vm.name, StopRequest::default()).await {
-            tracing::warn!(?error, vm.name, "a VM that is not ready does not stop");
+        if stopping.join_next().await.is_none() {
+            break;
         }
     }
 }
