@@ -35,6 +35,7 @@ use utoipa_axum::routes;
 
 use super::idempotency::once;
 use super::proxy::{ProxyLimits, bounded, forward, shown, with_own_socket};
+use super::reidentify::PendingVms;
 use super::vm_record::vsock_known;
 use super::{Supervisor, browser_page, metrics, openapi};
 use answers::{Activation, expect_paths};
@@ -46,6 +47,7 @@ use clade_api::{
     BootRequest, Client, EndedVm, ForkAnswer, ForkRequest, ListedVms, ReadyAnswer, RestoreRequest, StopAnswer,
     StopRequest, SupervisorInfo, SupervisorKept, Token, VmInfo, ended_vms,
 };
+use clade_vmm::vm::VmConfig;
 
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -172,7 +174,7 @@ async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
     Ok(Json(on_a_thread(THREAD_PATIENCE, move || ended_vms(&dir)).await??))
 }
 
-/// Boots a VM. Answers when it runs; if it has ended by then, with its end.
+/// Boots a VM. Answers when it runs; if it has ended by then, with its end. A VM that does not answer is stopped.
 #[utoipa::path(
     post,
     path = "/v1/vms",
@@ -187,15 +189,36 @@ async fn boot(
     let Json(request) = request?;
     let (dir, config) = (supervisor.dir().to_owned(), request.config.clone());
     let client = client.map(|Extension(client)| client);
-    let name = supervisor.work(move |supervisor, cancel| Ok(supervisor.boot(request, client, cancel)?.name)).await?;
-    let client = Client::new(&dir);
-    match client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await {
-        Ok(info) => Ok(Json(with_own_socket(&dir, name, info).await?)),
+    let (name, pending) = supervisor
+        .work(move |supervisor, cancel| {
+            let name = supervisor.boot(request, client, cancel)?.name;
+            let pending = PendingVms::new(supervisor, std::slice::from_ref(&name));
+            Ok((name, pending))
+        })
+        .await?;
+    match shown_boot(&dir, name, &config).await {
+        Ok(info) => {
+            pending.leave();
+            Ok(Json(info))
+        }
+        // The same request may come again, and finds the name free.
         Err(error) => {
-            let ended = on_a_thread(THREAD_PATIENCE, move || ended_soon(&dir, &name)).await?;
-            ended.map(|ended| Json(VmInfo::of_ended(ended, &config))).ok_or_else(|| error.into())
+            pending.stop().await;
+            Err(error)
         }
     }
+}
+
+/// Shows a new VM, or its end.
+async fn shown_boot(dir: &Path, name: String, config: &VmConfig) -> Result<VmInfo, ApiError> {
+    let asked = Client::new(dir).request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await;
+    let error = match asked {
+        Ok(info) => return with_own_socket(dir, name, info).await,
+        Err(error) => error,
+    };
+    let dir = dir.to_owned();
+    let ended = on_a_thread(THREAD_PATIENCE, move || ended_soon(&dir, &name)).await?;
+    ended.map(|ended| VmInfo::of_ended(ended, config)).ok_or_else(|| error.into())
 }
 
 /// Returns the end of a new VM that does not answer.

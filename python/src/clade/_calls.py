@@ -85,7 +85,9 @@ class Calls:
         return answer
 
     def boot(self, body: t.BootRequest, *, idempotency_key: str | None = None) -> t.VmInfo:
-        """Boots a VM. Answers when it runs; if it has ended by then, with its end."""
+        """Boots a VM. Answers when it runs; if it has ended by then, with its end. A VM that does
+        not answer is stopped.
+        """
         answer: t.VmInfo = self._transport.json("POST", "/v1/vms", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
@@ -343,7 +345,9 @@ class AsyncCalls:
         return answer
 
     async def boot(self, body: t.BootRequest, *, idempotency_key: str | None = None) -> t.VmInfo:
-        """Boots a VM. Answers when it runs; if it has ended by then, with its end."""
+        """Boots a VM. Answers when it runs; if it has ended by then, with its end. A VM that does
+        not answer is stopped.
+        """
         answer: t.VmInfo = await self._transport.json("POST", "/v1/vms", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
