@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
-use clade_snapshot::format::checksum;
+use clade_snapshot::format::{Manifest, checksum};
 use clade_snapshot::{
     Compression, DiskToSave, Load, PageContent, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set,
     verify,
@@ -81,8 +81,11 @@ fn world() -> &'static World {
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory");
         let world = World { store, image, dir };
         for (name, compression) in [("plain", Compression::None), ("packed", Compression::Zstd)] {
-            world.save(&world.dir.path().join(name), compression).expect("a snapshot");
-            record_working_set(&world.dir.path().join(name), &[PageRange::new(3, 5)]).expect("a record");
+            let at = world.dir.path().join(name);
+            world.save(&at, compression).expect("a snapshot");
+            let manifest = fs::read(at.join(FILES[0])).expect("its manifest");
+            let id = Manifest::decode(&manifest).expect("a manifest").id;
+            record_working_set(&at, id, &[PageRange::new(3, 5)]).expect("a record");
         }
         fs::create_dir(world.dir.path().join("outside")).expect("a directory");
         for name in FILES {
@@ -114,7 +117,7 @@ fn reseal(path: &Path, change: impl FnOnce(&mut serde_json::Value)) -> Option<()
     value.as_object_mut()?.remove("checksum");
     change(&mut value);
     let text = serde_json::to_string_pretty(&value).ok()?;
-    fs::write(path, clade_snapshot::format::Manifest::sealed(&text)).ok()
+    fs::write(path, Manifest::sealed(&text)).ok()
 }
 
 fn numbers<'a>(value: &'a mut serde_json::Value, out: &mut Vec<&'a mut serde_json::Value>) {
@@ -180,11 +183,11 @@ fn change(at: &Path, change: Change) -> Option<()> {
             let (state, memory, disk) = (known("state"), known("memory.index"), known("disk-0.index"));
             reseal(&manifest, |value| {
                 let mut put = |path: &str, len: &str, sum: &str, found: Option<(u64, String)>| {
-                    if let (Some(entry), Some((bytes, checksum))) = (value.pointer_mut(path), found) {
-                        if let Some(entry) = entry.as_object_mut() {
-                            entry.insert(len.to_owned(), bytes.into());
-                            entry.insert(sum.to_owned(), checksum.into());
-                        }
+                    if let (Some(entry), Some((bytes, checksum))) = (value.pointer_mut(path), found)
+                        && let Some(entry) = entry.as_object_mut()
+                    {
+                        entry.insert(len.to_owned(), bytes.into());
+                        entry.insert(sum.to_owned(), checksum.into());
                     }
                 };
                 put("/state", "bytes", "checksum", state);
